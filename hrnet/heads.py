@@ -1,0 +1,159 @@
+"""What stands on the backbone's maps. Every head is `Head(channels, num_outputs)`: maps in, raw output out; no loss,
+no softmax, no resizing to the image."""
+
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from hrnet.backbone import Bottleneck, initialise
+
+
+class HRNetV1(nn.Module):
+    """One map an output from the finest map alone (paper, fig. 4a; official pose_hrnet.py `final_layer`).
+
+    Args:
+        channels: of the maps; only the first is read.
+        num_outputs: heatmaps (or classes).
+        kernel: 1 as in every official recipe, or 3.
+
+    `forward(maps)` gives `[B, num_outputs, H/4, W/4]`.
+    """
+
+    maps = 1
+    """How many maps it reads: what a task asks the backbone for."""
+
+    def __init__(self, channels: list[int], num_outputs: int, kernel: Literal[1, 3] = 1) -> None:
+        super().__init__()
+        self.final_layer = nn.Conv2d(channels[0], num_outputs, kernel, padding=kernel // 2)
+        # std 0.001 is no detail: from torch's default a pose network does not start to learn.
+        initialise(self, "normal")
+
+    def forward(self, maps: list[Tensor]) -> Tensor:
+        return self.final_layer(maps[0])
+
+
+class HRNetV2(nn.Module):
+    """All maps brought to the finest and mixed (paper, fig. 4b; official seg_hrnet.py `last_layer`, face `head`).
+
+    Args:
+        channels: of the maps, concatenated to sum(channels) (15 C for four).
+        num_outputs: classes (or landmarks).
+        kernel: of the last convolution.
+        align_corners: of the bilinear up-sampling; belongs to the weights (FACTS: False for the official plain models
+            on Cityscapes, LIP and PASCAL-Context, True with OCR, ADE20K and COCO-Stuff).
+
+    `forward(maps)` gives `[B, num_outputs, H/4, W/4]`.
+    """
+
+    maps = 4
+
+    def __init__(
+        self, channels: list[int], num_outputs: int, kernel: Literal[1, 3] = 1, align_corners: bool = False
+    ) -> None:
+        super().__init__()
+        self.align_corners = align_corners
+        total = sum(channels)
+        self.last_layer = nn.Sequential(
+            nn.Conv2d(total, total, 1),
+            nn.BatchNorm2d(total),
+            nn.ReLU(inplace=True),
+            nn.Conv2d(total, num_outputs, kernel, padding=kernel // 2),
+        )
+        for m in self.modules():
+            if isinstance(m, nn.Conv2d):
+                nn.init.normal_(m.weight, std=0.001)  # biases stay at torch's default, as in the official code
+
+    def forward(self, maps: list[Tensor]) -> Tensor:
+        return self.last_layer(concatenate(maps, self.align_corners))
+
+
+class HRNetV2p(nn.Module):
+    """A pyramid pooled from the mixed high-resolution map (paper, fig. 4c; official hrfpn.py).
+
+    Args:
+        channels: of the maps.
+        num_outputs: channels of every level.
+        levels: levels put out, of strides 4, 8, 16, ...
+        pool: "average" as in every official recipe, or "max".
+
+    `forward(maps)` gives `levels` maps `[B, num_outputs, H/4/2**i, W/4/2**i]`.
+    """
+
+    maps = 4
+
+    def __init__(
+        self,
+        channels: list[int],
+        num_outputs: int = 256,
+        levels: int = 5,
+        pool: Literal["average", "max"] = "average",
+    ) -> None:
+        super().__init__()
+        self.pool = F.avg_pool2d if pool == "average" else F.max_pool2d
+        self.reduction_conv = nn.Sequential(nn.Conv2d(sum(channels), num_outputs, 1))
+        self.fpn_conv = nn.ModuleList(
+            nn.Conv2d(num_outputs, num_outputs, 3, padding=1) for _ in range(levels)
+        )
+        for m in self.modules():
+            if isinstance(m, nn.Conv2d):
+                nn.init.kaiming_uniform_(m.weight, a=1)
+                nn.init.zeros_(m.bias)
+
+    def forward(self, maps: list[Tensor]) -> list[Tensor]:
+        x = self.reduction_conv(concatenate(maps, align_corners=False))
+        # The official floor, but for maps smaller than the window, which it would leave empty.
+        small = min(x.shape[-2:])
+        levels = [x, *(self.pool(x, 2**i, ceil_mode=small < 2**i) for i in range(1, len(self.fpn_conv)))]
+        return [conv(level) for conv, level in zip(self.fpn_conv, levels, strict=True)]
+
+
+class Classification(nn.Module):
+    """The ImageNet head (paper, appendix; official cls_hrnet.py): widen every map, add them downwards, pool, classify.
+
+    Args:
+        channels: of the four maps.
+        num_outputs: classes.
+        bias: of the head's convolutions; True in the official code, False in timm's `*_ssld` and in mmpretrain.
+
+    `forward(maps)` gives logits `[B, num_outputs]`.
+    """
+
+    maps = 4
+
+    def __init__(self, channels: list[int], num_outputs: int = 1000, bias: bool = True) -> None:
+        super().__init__()
+        planes = [32, 64, 128, 256]
+        wide = [p * Bottleneck.expansion for p in planes]
+        self.incre_modules = nn.ModuleList(
+            nn.Sequential(Bottleneck(c, p)) for c, p in zip(channels, planes, strict=True)
+        )
+        self.downsamp_modules = nn.ModuleList(
+            nn.Sequential(nn.Conv2d(a, b, 3, 2, 1, bias=bias), nn.BatchNorm2d(b), nn.ReLU(inplace=True))
+            for a, b in zip(wide, wide[1:], strict=False)
+        )
+        self.final_layer = nn.Sequential(
+            nn.Conv2d(wide[-1], 2048, 1, bias=bias), nn.BatchNorm2d(2048), nn.ReLU(inplace=True)
+        )
+        self.classifier = nn.Linear(2048, num_outputs)
+        initialise(self, "kaiming")
+
+    def forward(self, maps: list[Tensor]) -> Tensor:
+        wide = [module(x) for module, x in zip(self.incre_modules, maps, strict=True)]
+        y = wide[0]
+        for down, x in zip(self.downsamp_modules, wide[1:], strict=True):
+            y = x + down(y)
+        return self.classifier(self.final_layer(y).mean(dim=(2, 3)))
+
+
+def concatenate(maps: list[Tensor], align_corners: bool) -> Tensor:
+    """All maps, up-sampled bilinearly to the first one's size, as one `[B, sum(channels), H, W]`."""
+    size = maps[0].shape[-2:]
+    return torch.cat(
+        [
+            maps[0],
+            *(F.interpolate(x, size=size, mode="bilinear", align_corners=align_corners) for x in maps[1:]),
+        ],
+        dim=1,
+    )
