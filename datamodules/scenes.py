@@ -11,25 +11,29 @@ import json
 import multiprocessing
 import os
 import shutil
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import cv2
 import numpy as np
+from numpy.random import Generator
+from numpy.typing import ArrayLike
 from pycocotools import mask as rle
 from tqdm import tqdm
 
 from datamodules import figures
-from datamodules.figures import SCALE, Canvas, colour
+from datamodules.figures import SCALE, Canvas, Person, colour
 
 VERSION = 1  # bump whenever the same (seed, index) gives another scene
 
-KEYPOINTS = (
-    "nose left_eye right_eye left_ear right_ear left_shoulder right_shoulder left_elbow "
-    "right_elbow left_wrist right_wrist left_hip right_hip left_knee right_knee left_ankle "
-    "right_ankle"
-).split()
+KEYPOINTS = [
+    "nose", "left_eye", "right_eye", "left_ear", "right_ear", "left_shoulder", "right_shoulder",
+    "left_elbow", "right_elbow", "left_wrist", "right_wrist", "left_hip", "right_hip",
+    "left_knee", "right_knee", "left_ankle", "right_ankle",
+]  # fmt: skip
 SKELETON = [
     [16, 14], [14, 12], [17, 15], [15, 13], [12, 13], [6, 12], [7, 13], [6, 7], [6, 8], [7, 9],
     [8, 10], [9, 11], [2, 3], [1, 2], [1, 3], [2, 4], [3, 5], [4, 6], [5, 7],
@@ -44,6 +48,8 @@ LAYERS = {  # from top to bottom: what is seen, its mean RGB
     "field": [("sky", (130, 180, 230)), ("grass", (85, 140, 60))],
     "beach": [("sky", (160, 205, 240)), ("water", (50, 125, 165)), ("sand", (220, 195, 145))],
 }
+SQUARE = np.array([[-1, -1], [1, -1], [1, 1], [-1, 1]])
+Thing = tuple[Person | int, Callable]  # posed person or category id; call with canvas, owner
 MIN_KEYPOINTS = 6  # visible ones of a labelled person
 MIN_AREA = 0.0006  # visible part of a labelled instance, as share of the picture
 
@@ -106,10 +112,11 @@ def draw(seed: int, index: int, size: tuple[int, int] = (240, 320)) -> Scene:
         for number, (_, paint) in enumerate(things):
             # each thing paints from its own random state, so leaving one out changes no other
             paint(canvas, owner=1 + number * 18)
-        instances = _label(canvas.owner, things)
-        if all(instances):
+        labels = _label(canvas.owner, things)
+        instances = [instance for instance in labels if instance]
+        if len(instances) == len(things):
             break
-        things = [thing for thing, instance in zip(things, instances) if instance]
+        things = [thing for thing, instance in zip(things, labels, strict=True) if instance]
     semantic = stuff.copy()
     for instance in instances:
         semantic[instance.mask] = len(STUFF) + instance.category - 1
@@ -117,49 +124,52 @@ def draw(seed: int, index: int, size: tuple[int, int] = (240, 320)) -> Scene:
     return Scene(light(image), instances, semantic, label)
 
 
-def _label(owner, things):
+def _label(owner: np.ndarray, things: list[Thing]) -> list[Instance | None]:
     """Instances of the painted things, None for those that show too little."""
     # of the SCALE x SCALE = 4 owners of a pixel the most frequent wins, on ties the nearer one
-    number = ((np.arange(256) + 17) // 18).astype(np.uint8)[owner]
+    number = cv2.LUT(owner, ((np.arange(256) + 17) // 18).astype(np.uint8))
     a, b, c, d = (number[i::2, j::2] for i in (0, 1) for j in (0, 1))
     a, b, c, d = np.minimum(a, b), np.maximum(a, b), np.minimum(c, d), np.maximum(c, d)
     a, c, b, d = np.minimum(a, c), np.maximum(a, c), np.minimum(b, d), np.maximum(b, d)
     b, c = np.minimum(b, c), np.maximum(b, c)
     number = np.where(c == d, d, np.where(b == c, b, np.where(a == b, a, d)))
     height, width = number.shape
-    instances = []
+    instances: list[Instance | None] = []
     for n, (thing, _) in enumerate(things):
         mask = number == n + 1
-        category, keypoints = thing, None
         good = np.count_nonzero(mask) >= MIN_AREA * mask.size
-        if isinstance(thing, figures.Person):
-            category, xy = 1, thing.joints[:, :2]
-            inside = ((xy >= 0) & (xy <= (width - 1, height - 1))).all(1)
-            x, y = np.rint((xy * SCALE + 0.5) * inside[:, None]).astype(int).T
-            seen = inside & (owner[y, x] == 2 + n * 18 + np.arange(17))
+        x, y, w, h = cv2.boundingRect(mask.view(np.uint8))
+        if isinstance(thing, Person):
+            xy = thing.joints[:, :2]
+            inside = np.all((xy >= 0) & (xy <= (width - 1, height - 1)), axis=1)
+            at = np.rint(xy * SCALE + 0.5).astype(int) * inside[:, None]
+            seen = inside & (owner[at[:, 1], at[:, 0]] == 2 + n * 18 + np.arange(17))
             keypoints = np.column_stack([xy * inside[:, None], inside * 1.0 + seen])
             good &= np.count_nonzero(seen) >= MIN_KEYPOINTS
-        box = cv2.boundingRect(mask.view(np.uint8))
-        instances.append(Instance(category, mask, tuple(box), keypoints) if good else None)
+            instance = Instance(1, mask, (x, y, w, h), keypoints)
+        else:
+            instance = Instance(thing, mask, (x, y, w, h))
+        instances.append(instance if good else None)
     return instances
 
 
-def _light(rng, size):
+def _light(rng: Generator, size: tuple[int, int]) -> Callable[[np.ndarray], np.ndarray]:
     """A random change of light, blur and noise, to be called with the finished picture."""
-    slope = rng.uniform(-0.2, 0.2, 2)
-    ramp = np.add.outer(*(s * np.linspace(-1, 1, n) for s, n in zip(slope, size)))
-    gain = (rng.uniform(0.7, 1.15) * (1 + ramp)[..., None] * rng.uniform(0.9, 1.1, 3)).astype("f4")
+    down, right = (rng.uniform(-0.2, 0.2) * np.linspace(-1, 1, n) for n in size)
+    ramp = np.add.outer(down + rng.uniform(0.75, 1.15), right).astype(np.float32)
+    gain = cv2.merge([ramp * cast for cast in rng.uniform(0.9, 1.1, 3).astype(np.float32)])
     sigma, grain = rng.uniform(0.1, 0.6), rng.uniform(1, 7)
-    noise = rng.standard_normal(size, np.float32)[..., None] * np.float32(grain)
+    noise = cv2.merge([rng.standard_normal(size, np.float32) * np.float32(grain)] * 3)
 
-    def light(image):
+    def light(image: np.ndarray) -> np.ndarray:
         image = cv2.GaussianBlur(image, (3, 3), sigma)
-        return np.clip(image * gain + noise, 0, 255).astype(np.uint8)
+        bright = cv2.multiply(image, gain, dtype=cv2.CV_32F)
+        return cv2.add(bright, noise, dtype=cv2.CV_8U)  # rounds and saturates
 
     return light
 
 
-def _background(rng, setting, size):
+def _background(rng: Generator, setting: str, size: tuple[int, int]) -> tuple[np.ndarray, np.ndarray, float]:
     """(canvas picture, semantic map uint8 [H, W], y of the horizon in pixels)."""
     height, width = size
     xs = np.linspace(-1, 1, width)
@@ -172,16 +182,15 @@ def _background(rng, setting, size):
         if layers[1][0] == "building":
             edge += 12 * rng.standard_normal(9).repeat(-(-width // 9))[:width] * (top < horizon)
         layer += np.arange(height)[:, None] >= edge
-    tones = np.array(
-        [np.clip(rgb + rng.normal(0, 14, 3), 30, 240) for _, rgb in layers], np.float32
-    )
+    tones = np.array([np.clip(rgb + rng.normal(0, 14, 3), 30, 240) for _, rgb in layers], np.float32)
     texture = np.zeros(size, np.float32)
     for cell in (48, 20, 8, 3):  # octaves of noise
         grid = rng.standard_normal((height // cell + 2, width // cell + 2), np.float32)
         amount = np.float32(rng.uniform(3, 11))
         texture += cv2.resize(grid, size[::-1], interpolation=cv2.INTER_LINEAR) * amount
-    texture += np.linspace(*rng.uniform(-20, 20, 2), height, dtype=np.float32)[:, None]
-    image = np.clip(tones[layer] + texture[..., None], 0, 255).astype(np.uint8)
+    top, bottom = rng.uniform(-20, 20, 2)
+    texture += np.linspace(top, bottom, height, dtype=np.float32)[:, None]
+    image = cv2.add(tones[layer], cv2.merge([texture] * 3), dtype=cv2.CV_8U)
     canvas = Canvas(cv2.resize(image, None, fx=SCALE, fy=SCALE))
     strokes, length, tilt = {
         "indoor": (30, 40, 0.02), "street": (25, 22, 0.02), "field": (90, 6, 1.4),
@@ -192,13 +201,14 @@ def _background(rng, setting, size):
         angle = tilt * rng.choice([-1, 1]) + rng.normal(0, 0.05)
         along = rng.uniform(0.4, 1) * length * np.array([np.cos(angle), np.sin(angle)])
         tone = tones[-1 if at[1] > horizon else -2] + rng.normal(0, 30)
-        canvas.bar(at - along, at + along, 0.5, 0.5, tone)
+        start, end = np.rint([(at - along) * SCALE, (at + along) * SCALE]).astype(int).tolist()
+        cv2.line(canvas.image, start, end, tone.tolist(), SCALE)
     _clutter(rng, canvas, setting, size, horizon)
     kinds = np.array([STUFF.index(name) for name, _ in layers], np.uint8)
     return canvas.image, kinds[layer], horizon
 
 
-def _clutter(rng, canvas, setting, size, horizon):
+def _clutter(rng: Generator, canvas: Canvas, setting: str, size: tuple[int, int], horizon: float) -> None:
     """Windows or pictures, patches, and bars that resemble limbs but have no joints."""
     height, width = size
     if setting in ("indoor", "street"):
@@ -214,24 +224,24 @@ def _clutter(rng, canvas, setting, size, horizon):
     for _ in range(rng.integers(4, 11)):
         at, angle = rng.uniform((0, 0.2 * height), (width, height)), rng.uniform(0, 6.3)
         along = rng.uniform(8, 26) * np.array([np.cos(angle), np.sin(angle)])
-        radii, tone = rng.uniform(2.5, 7, 2), colour(rng)
-        canvas.bar(at - along, at + along, *(radii + 1), 0.15 * tone)
-        canvas.bar(at - along, at + along, *radii, tone)
+        thick, tone = rng.uniform(2.5, 7, 2), colour(rng)
+        canvas.bar(at - along, at + along, thick[0] + 1, thick[1] + 1, 0.15 * tone)
+        canvas.bar(at - along, at + along, thick[0], thick[1], tone)
+        side = int(rng.choice([-1, 1]))
         if rng.random() < 0.4:
-            canvas.bar(at - along, at + along, *radii, 0.6 * tone, side=rng.choice([-1, 1]))
+            canvas.bar(at - along, at + along, thick[0], thick[1], 0.6 * tone, side=side)
 
 
-SQUARE = np.array([[-1, -1], [1, -1], [1, 1], [-1, 1]])
-
-
-def _turn(angle):
+def _turn(angle: float) -> np.ndarray:
+    """Rotation matrix [2, 2] for row vectors, clockwise on the screen; angle in radians."""
     return np.array([[np.cos(angle), np.sin(angle)], [-np.sin(angle), np.cos(angle)]])
 
 
-def _arrange(rng, size, horizon):
+def _arrange(rng: Generator, size: tuple[int, int], horizon: float) -> list[Thing]:
     """Things to paint, far ones first: pairs of (`Person` or category id, paint function)."""
     height, width = size
-    things, boxes = [], []  # things: (depth, thing, function)
+    things: list[tuple[float, Person | int, Callable]] = []  # depth first
+    boxes: list[np.ndarray] = []
     for k in range(rng.choice([1, 2, 3, 4], p=[0.2, 0.35, 0.3, 0.15])):
         tall = height * rng.uniform(0.3, 0.78)
         person = figures.pose(rng, tall)
@@ -261,24 +271,24 @@ def _arrange(rng, size, horizon):
     return [thing[1:] for thing in sorted(things, key=lambda thing: thing[0])]
 
 
-def _overlap(a, b):
+def _overlap(a: np.ndarray, b: np.ndarray) -> float:
     """Intersection over union of two boxes x0, y0, x1, y1."""
     sides = np.minimum(a[2:], b[2:]) - np.maximum(a[:2], b[:2])
     inner = sides.clip(0).prod()
     return inner / ((a[2:] - a[:2]).prod() + (b[2:] - b[:2]).prod() - inner)
 
 
-def _paint_person(person, looks, canvas, owner):
+def _paint_person(person: Person, looks: int, canvas: Canvas, owner: int) -> None:
     figures.paint(canvas, person, np.random.default_rng(looks), owner)
 
 
-def _paint_object(category, at, radius, looks, canvas, owner):
+def _paint_object(category: int, at: np.ndarray, radius: float, looks: int, canvas: Canvas, owner: int) -> None:
     rng = np.random.default_rng(looks)
     body, trim = colour(rng), colour(rng, (0, 0.9), (0.2, 1))
     turn = _turn(rng.normal(0, 0.15))
 
-    def shape(points, fill, number=owner):
-        canvas.polygon(at + radius * np.array(points) @ turn, fill, number)
+    def shape(points: ArrayLike, fill: figures.Colour) -> None:
+        canvas.polygon(at + radius * np.asarray(points) @ turn, fill, owner)
 
     name = CLASSES[category - 1]
     if name == "ball":
@@ -303,9 +313,7 @@ def _paint_object(category, at, radius, looks, canvas, owner):
             shape(0.6 * kite, 0.5 * body + 0.5 * trim)
     else:
         side = rng.choice([-1, 1])
-        shape(
-            [[-0.9 * side, -0.3], [-0.6 * side, -0.9], [0.4 * side, -0.9], [0.8 * side, -0.2]], body
-        )
+        shape([[-0.9 * side, -0.3], [-0.6 * side, -0.9], [0.4 * side, -0.9], [0.8 * side, -0.2]], body)
         shape(
             [[-0.6 * side, -0.3], [-0.5 * side, -0.75], [0.3 * side, -0.75], [0.5 * side, -0.3]],
             trim,
@@ -345,11 +353,12 @@ def write(
     try:
         (root / "annotations").mkdir(parents=True, exist_ok=True)
         (root / "semantic").mkdir(exist_ok=True)
-        lock = open(root / f".{split}.lock", "w")
+        lock = root / f".{split}.lock"
+        lock.touch()
     except OSError as error:
         raise OSError(error.errno, f"cannot write scenes to {root}: {error.strerror}") from error
-    with lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)  # freed by the system even if this process is killed
+    with lock.open() as handle:
+        fcntl.flock(handle, fcntl.LOCK_EX)  # freed by the system even if this process is killed
         if complete(root, split, count, seed, size):
             return
         part = root / f".{split}.part"
@@ -367,9 +376,7 @@ def write(
             shutil.rmtree(part, ignore_errors=True)
 
 
-def complete(
-    root: str | os.PathLike, split: str, count: int, seed: int, size: tuple[int, int] = (240, 320)
-) -> bool:
+def complete(root: str | os.PathLike, split: str, count: int, seed: int, size: tuple[int, int] = (240, 320)) -> bool:
     """Whether `write` with these arguments and this VERSION has finished in `root`."""
     images, _, _, _, instances = (Path(root) / name for name in _layout(split))
     try:
@@ -379,17 +386,17 @@ def complete(
     return info == _info(count, seed, size) and (images / f"{count - 1:06d}.jpg").is_file()
 
 
-def _info(count, seed, size):
+def _info(count: int, seed: int, size: tuple[int, int]) -> dict[str, Any]:
     return {"version": VERSION, "seed": seed, "count": count, "size": list(size)}
 
 
-def _layout(split):
+def _layout(split: str) -> list[str]:
     """Paths below the root: two folders, three files."""
     notes = [f"labels_{split}.csv", f"person_keypoints_{split}.json", f"instances_{split}.json"]
     return [split, f"semantic/{split}", *(f"annotations/{name}" for name in notes)]
 
 
-def _write_files(root, split, count, seed, size, workers):
+def _write_files(root: Path, split: str, count: int, seed: int, size: tuple[int, int], workers: int | None) -> None:
     images, semantic, labels, keypoints, instances = (root / name for name in _layout(split))
     for folder in (images, semantic, labels.parent):
         folder.mkdir(parents=True)
@@ -406,10 +413,7 @@ def _write_files(root, split, count, seed, size, workers):
     coco = {
         "info": _info(count, seed, size),
         "licenses": [],
-        "images": [
-            {"id": i, "file_name": name, "height": size[0], "width": size[1]}
-            for i, name in enumerate(names)
-        ],
+        "images": [{"id": i, "file_name": name, "height": size[0], "width": size[1]} for i, name in enumerate(names)],
         "categories": [{"id": i + 1, "name": name} for i, name in enumerate(CLASSES)],
     }
     notes = [note for _, notes in records for note in notes]
@@ -425,10 +429,12 @@ def _write_files(root, split, count, seed, size, workers):
     with labels.open("w", newline="") as file:
         writer = csv.writer(file)
         writer.writerow(["file_name", "label"])
-        writer.writerows(zip(names, (SCENE_CLASSES[label] for label, _ in records)))
+        writer.writerows(zip(names, (SCENE_CLASSES[label] for label, _ in records), strict=True))
 
 
-def _store(images, semantic, seed, size, index):
+def _store(
+    images: Path, semantic: Path, seed: int, size: tuple[int, int], index: int
+) -> tuple[int, list[dict[str, Any]]]:
     """Draw and save one scene; return its label and its COCO annotations."""
     scene = draw(seed, index, size)
     options = [cv2.IMWRITE_JPEG_QUALITY, 95]

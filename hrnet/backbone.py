@@ -30,8 +30,6 @@ class HRNetConfig:
             segmentation and face code (ImageNet weights are made with "nearest" and fine-tuned with either).
         align_corners: for "bilinear" only; True in the official OCR, ADE20K and COCO-Stuff recipes.
         bn_momentum: 0.1; the official Cityscapes, LIP, PASCAL-Context and face models were trained with 0.01.
-        init: "kaiming" (official classification and detection) or "normal" with std 0.001 (official pose,
-            segmentation and face), both before any pretrained weights are read.
         checkpointing: recompute stages 2-4 in the backward pass: less memory, about a third more time.
 
     Raises:
@@ -47,7 +45,6 @@ class HRNetConfig:
     upsample: Literal["nearest", "bilinear"] = "nearest"
     align_corners: bool = False
     bn_momentum: float = 0.1
-    init: Literal["kaiming", "normal"] = "kaiming"
     checkpointing: bool = False
 
     def __post_init__(self) -> None:
@@ -65,7 +62,6 @@ class HRNetConfig:
         for name, allowed in {
             "fusion": ("within", "across", "final"),
             "upsample": ("nearest", "bilinear"),
-            "init": ("kaiming", "normal"),
         }.items():
             if getattr(self, name) not in allowed:
                 raise ValueError(f"{name} must be one of {allowed}, got {getattr(self, name)!r}")
@@ -144,9 +140,7 @@ class Module(nn.Module):
         super().__init__()
         self.upsample = upsample
         self.align_corners = align_corners if upsample == "bilinear" else None
-        self.branches = nn.ModuleList(
-            nn.Sequential(*(BasicBlock(c, c) for _ in range(blocks))) for c in channels
-        )
+        self.branches = nn.ModuleList(nn.Sequential(*(BasicBlock(c, c) for _ in range(blocks))) for c in channels)
         self.fuse_layers = nn.ModuleList(
             nn.ModuleList(self._path(channels, source, target) for source in range(len(channels)))
             for target in range(fused)
@@ -159,15 +153,11 @@ class Module(nn.Module):
             return nn.Identity()
         if source > target:
             # The official code up-samples after convolution and BN (cheaper, and its weights expect it).
-            return nn.Sequential(
-                conv1x1(channels[source], channels[target]), nn.BatchNorm2d(channels[target])
-            )
+            return nn.Sequential(conv1x1(channels[source], channels[target]), nn.BatchNorm2d(channels[target]))
         steps: list[nn.Module] = [
             conv_bn_relu(channels[source], channels[source], stride=2) for _ in range(target - source - 1)
         ]
-        last = nn.Sequential(
-            conv3x3(channels[source], channels[target], stride=2), nn.BatchNorm2d(channels[target])
-        )
+        last = nn.Sequential(conv3x3(channels[source], channels[target], stride=2), nn.BatchNorm2d(channels[target]))
         return nn.Sequential(*steps, last)
 
     def forward(self, maps: list[Tensor]) -> list[Tensor]:
@@ -201,6 +191,8 @@ class HRNet(L.LightningModule):
         config: an `HRNetConfig`, the name of a preset ("w32"), or a mapping of `HRNetConfig` fields.
         outputs: how many maps the last exchange puts out, finest first (1 to 4). A head that reads the finest map
             only asks for 1, as the official pose network does: the others' layers are then not built.
+        init: "kaiming" (official classification and detection) or "normal" with std 0.001 (official pose,
+            segmentation and face): what stands before any pretrained weights are read.
 
     Attributes:
         channels, strides: of the maps put out, e.g. [32, 64, 128, 256] and [4, 8, 16, 32].
@@ -209,14 +201,19 @@ class HRNet(L.LightningModule):
         ValueError: for an unknown preset or an `outputs` outside 1 to 4; in `forward` for images under 32 pixels.
     """
 
-    def __init__(self, config: HRNetConfig | str | Mapping[str, Any] = PRESETS["w32"], outputs: int = 4) -> None:
+    def __init__(
+        self,
+        config: HRNetConfig | str | Mapping[str, Any] = PRESETS["w32"],
+        outputs: int = 4,
+        init: Literal["kaiming", "normal"] = "kaiming",
+    ) -> None:
         super().__init__()
         config = resolve(config)
         if not 1 <= outputs <= 4:
             raise ValueError(f"outputs must be 1 to 4 (the network has four branches), got {outputs}")
         self.config = config
         # Plain values: a checkpoint that holds a dataclass cannot be read with weights_only=True.
-        self.save_hyperparameters({"config": asdict(config), "outputs": outputs})
+        self.save_hyperparameters({"config": asdict(config), "outputs": outputs, "init": init})
         self._hparams_name = "kwargs"
 
         channels = [config.width * 2**i for i in range(4)]
@@ -227,16 +224,14 @@ class HRNet(L.LightningModule):
         self.bn2 = nn.BatchNorm2d(64)
         units, planes = config.stem
         wide = planes * Bottleneck.expansion
-        self.layer1 = nn.Sequential(
-            Bottleneck(64, planes), *(Bottleneck(wide, planes) for _ in range(units - 1))
-        )
+        self.layer1 = nn.Sequential(Bottleneck(64, planes), *(Bottleneck(wide, planes) for _ in range(units - 1)))
         self.transition1 = self._transition([wide], channels[:2])
         self.stage2 = self._stage(channels[:2], config.modules[0])
         self.transition2 = self._transition(channels[:2], channels[:3])
         self.stage3 = self._stage(channels[:3], config.modules[1])
         self.transition3 = self._transition(channels[:3], channels)
         self.stage4 = self._stage(channels, config.modules[2], outputs, last=True)
-        initialise(self, config.init)
+        initialise(self, init)
         for module in self.modules():
             if isinstance(module, nn.BatchNorm2d):
                 module.momentum = config.bn_momentum
@@ -244,8 +239,7 @@ class HRNet(L.LightningModule):
     @staticmethod
     def _transition(before: list[int], after: list[int]) -> nn.ModuleList:
         layers: list[nn.Module] = [
-            nn.Identity() if a == b else conv_bn_relu(b, a, stride=1)
-            for b, a in zip(before, after, strict=False)
+            nn.Identity() if a == b else conv_bn_relu(b, a, stride=1) for b, a in zip(before, after, strict=False)
         ]
         # The new branch starts from the coarsest one; nested once more, as in the official names.
         layers.append(nn.Sequential(conv_bn_relu(before[-1], after[-1], stride=2)))

@@ -173,8 +173,7 @@ def neighbours(maps: Tensor, place: Tensor, steps: list[tuple[int, int]]) -> lis
     flat = maps.flatten(2)
     x, y = place.unbind(-1)
     return [
-        flat.gather(2, ((y + dy).clamp(0, h - 1) * w + (x + dx).clamp(0, w - 1))[..., None])[..., 0]
-        for dx, dy in steps
+        flat.gather(2, ((y + dy).clamp(0, h - 1) * w + (x + dx).clamp(0, w - 1))[..., None])[..., 0] for dx, dy in steps
     ]
 
 

@@ -93,9 +93,7 @@ class HRNetV2p(nn.Module):
         super().__init__()
         self.pool = F.avg_pool2d if pool == "average" else F.max_pool2d
         self.reduction_conv = nn.Sequential(nn.Conv2d(sum(channels), num_outputs, 1))
-        self.fpn_conv = nn.ModuleList(
-            nn.Conv2d(num_outputs, num_outputs, 3, padding=1) for _ in range(levels)
-        )
+        self.fpn_conv = nn.ModuleList(nn.Conv2d(num_outputs, num_outputs, 3, padding=1) for _ in range(levels))
         for m in self.modules():
             if isinstance(m, nn.Conv2d):
                 nn.init.kaiming_uniform_(m.weight, a=1)

@@ -1,0 +1,1 @@
+"""From files to batches, and the number each benchmark asks for. Knows no network and no task."""

@@ -1,0 +1,269 @@
+"""What every data module has in common, and the batch each kind yields."""
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Literal, TypedDict
+
+import lightning as L
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+from torchmetrics import Metric
+
+from datamodules.transforms import (
+    Array,
+    PoseAugmentation,
+    apply,
+    crop_matrix,
+    crop_of_box,
+    invert,
+    mirror,
+    read_image,
+    warp,
+)
+
+
+@dataclass(slots=True)
+class Instance:
+    """One thing to find keypoints of: a person, an animal, a face.
+
+    Attributes:
+        path: of the image; "file.mp4#12" is frame 12 of a video.
+        box: x, y, w, h in image pixels; score: of that box, 1.0 for ground truth.
+        keypoints: `[K, 2]` image pixels; visible: `[K]`, 0 not labelled, 1 labelled but hidden, 2 visible.
+        area: of the object in square pixels, what OKS is measured against.
+        norm: reference length in pixels for PCK-like metrics, nan if the data set has none.
+    """
+
+    path: str
+    image_id: int
+    box: Array
+    keypoints: Array
+    visible: Array
+    id: int = 0
+    category_id: int = 1
+    score: float = 1.0
+    area: float = 0.0
+    norm: float = float("nan")
+
+
+class KeypointBatch(TypedDict):
+    """A batch for the pose task.
+
+    image: uint8 RGB `[B, 3, H, W]`. keypoints: float `[B, K, 2]`, pixels of `image`, x first. visible: float `[B, K]`,
+    above 0 where a joint is labelled and to be learned. to_image: float `[B, 2, 3]`, from pixels of `image` to pixels
+    of the original. id: Long `[B]`, the sample's index in its data set, unique.
+    """
+
+    image: Tensor
+    keypoints: Tensor
+    visible: Tensor
+    to_image: Tensor
+    id: Tensor
+
+
+class DataModule(L.LightningDataModule):
+    """Loaders over `self.datasets`, which `setup` of a subclass fills by split: "train", "val", "test", "predict".
+
+    Args:
+        batch_size: samples a batch and process.
+        workers: loader processes; None takes one a core, 8 at most.
+        eval_batch_size: for validation, test and prediction; None is batch_size.
+    """
+
+    def __init__(self, batch_size: int = 32, workers: int | None = None, eval_batch_size: int | None = None) -> None:
+        super().__init__()
+        if batch_size < 1 or (eval_batch_size is not None and eval_batch_size < 1):
+            raise ValueError(f"batch_size must be at least 1, got {batch_size} and {eval_batch_size}")
+        self.batch_size = batch_size
+        self.eval_batch_size = eval_batch_size or batch_size
+        self.workers = min(os.cpu_count() or 1, 8) if workers is None else workers
+        self.datasets: dict[str, Dataset] = {}
+
+    def loader(self, split: str) -> DataLoader:
+        train = split == "train"
+        return DataLoader(
+            self.datasets[split],
+            batch_size=self.batch_size if train else self.eval_batch_size,
+            shuffle=train,
+            drop_last=train and len(self.datasets[split]) >= self.batch_size,  # type: ignore[arg-type]
+            num_workers=self.workers,
+            persistent_workers=self.workers > 0,
+            pin_memory=torch.cuda.is_available(),
+        )
+
+    def train_dataloader(self) -> DataLoader:
+        return self.loader("train")
+
+    def val_dataloader(self) -> DataLoader:
+        return self.loader("val")
+
+    def test_dataloader(self) -> DataLoader:
+        return self.loader("test")
+
+    def predict_dataloader(self) -> DataLoader:
+        return self.loader("predict")
+
+
+@dataclass(frozen=True)
+class Keypoints:
+    """The facts of a kind of skeleton.
+
+    Attributes:
+        names: of the K keypoints. skeleton: 0-based pairs to draw. flip_pairs: 0-based (left, right) pairs that a
+            mirror swaps. sigmas: OKS constants, COCO's unit (0.025 for an eye).
+    """
+
+    names: list[str]
+    skeleton: list[list[int]] = field(default_factory=list)
+    flip_pairs: list[list[int]] = field(default_factory=list)
+    sigmas: list[float] = field(default_factory=list)
+
+    @property
+    def flip_index(self) -> list[int]:
+        """For every keypoint the one it becomes in a mirror."""
+        index = list(range(len(self.names)))
+        for a, b in self.flip_pairs:
+            index[a], index[b] = b, a
+        return index
+
+    @property
+    def upper(self) -> list[bool]:
+        """Which keypoints belong to the upper body, told by name, for half-body crops."""
+        lower = ("hip", "knee", "ankle", "foot", "toe", "heel", "pelvis", "tail", "hock", "hind")
+        return [not any(part in name.lower() for part in lower) for name in self.names]
+
+
+class KeypointDataset(Dataset):
+    """Crops of instances.
+
+    Args:
+        instances: what to crop.
+        facts: of their skeleton.
+        size: (H, W) of the crop.
+        augmentation: None for evaluation.
+        padding: of the box before cropping.
+        hidden: "supervise" learns labelled but hidden joints as the official code does, "ignore" leaves them out of the
+            loss (evaluation always counts them, as COCO does).
+        udp: crop by UDP's matrix.
+    """
+
+    def __init__(
+        self,
+        instances: Sequence[Instance],
+        facts: Keypoints,
+        size: tuple[int, int],
+        augmentation: PoseAugmentation | None = None,
+        padding: float = 1.25,
+        hidden: Literal["supervise", "ignore"] = "supervise",
+        udp: bool = False,
+    ) -> None:
+        self.instances, self.facts, self.size = instances, facts, size
+        self.augmentation, self.padding, self.hidden, self.udp = augmentation, padding, hidden, udp
+        self.flip_index = np.array(facts.flip_index, dtype=np.int64)
+        self.upper = np.array(facts.upper, dtype=bool)
+
+    def __len__(self) -> int:
+        return len(self.instances)
+
+    def read(self, instance: Instance) -> np.ndarray:
+        return read_image(instance.path)
+
+    def __getitem__(self, index: int) -> dict[str, np.ndarray | int]:
+        instance = self.instances[index]
+        image = self.read(instance)
+        keypoints, visible = instance.keypoints, instance.visible
+        centre, extent = crop_of_box(instance.box, self.size, self.padding)
+        rotation, flip = 0.0, False
+        augment = self.augmentation
+        if augment is not None:
+            # Seeded from torch's generator, which Lightning seeds a worker and an epoch.
+            rng = np.random.default_rng(int(torch.randint(2**62, ())))
+            half = augment.half(keypoints, visible, self.upper, self.size, rng)
+            if half is not None:
+                centre, extent = half
+            extent = extent * augment.factor(rng)
+            rotation = augment.angle(rng)
+            flip = rng.random() < augment.flip
+        if flip:
+            # The centre is mirrored before the rotation is applied, so that both senses of rotation stay equal.
+            centre = np.array([image.shape[1] - 1 - centre[0], centre[1]])
+        matrix = crop_matrix(centre, extent, self.size, rotation, self.udp)
+        if flip:
+            matrix = mirror(matrix, image.shape[1])
+            keypoints, visible = keypoints[self.flip_index], visible[self.flip_index]
+        learned = visible > (0 if self.hidden == "supervise" else 1)
+        placed = apply(matrix, keypoints) * (visible > 0)[:, None]
+        return {
+            "image": np.ascontiguousarray(warp(image, matrix, self.size).transpose(2, 0, 1)),
+            "keypoints": placed.astype(np.float32),
+            "visible": learned.astype(np.float32),
+            "to_image": invert(matrix).astype(np.float32),
+            "id": index,
+        }
+
+
+class KeypointData(DataModule):
+    """Top-down keypoint data: what `CocoKeypoints`, `Mpii` and `Rendered` share.
+
+    Args:
+        facts: of the skeleton; its fields become attributes that the command line links to the task.
+        size: (H, W) of the network's input.
+        padding: of the box before it is cropped, officially 1.25.
+        augmentation: of training crops.
+        hidden: whether joints that are labelled but hidden are learned ("supervise", official) or left out ("ignore").
+        udp: crop by UDP's matrix; goes with the codec's `encoding: udp`.
+        batch_size, workers, eval_batch_size: see `DataModule`.
+
+    Attributes:
+        num_keypoints, keypoint_names, skeleton, flip_pairs: facts, there as soon as the module is constructed.
+    """
+
+    def __init__(
+        self,
+        facts: Keypoints,
+        size: tuple[int, int] = (256, 192),
+        padding: float = 1.25,
+        augmentation: PoseAugmentation = PoseAugmentation(),  # noqa: B008 (frozen)
+        hidden: Literal["supervise", "ignore"] = "supervise",
+        udp: bool = False,
+        batch_size: int = 32,
+        workers: int | None = None,
+        eval_batch_size: int | None = None,
+    ) -> None:
+        super().__init__(batch_size, workers, eval_batch_size)
+        self.facts = facts
+        self.num_keypoints = len(facts.names)
+        self.keypoint_names = facts.names
+        self.skeleton = facts.skeleton
+        self.flip_pairs = facts.flip_pairs
+        self.size, self.padding, self.augmentation = (size[0], size[1]), padding, augmentation
+        self.hidden, self.udp = hidden, udp
+
+    def instances(self, split: str) -> list[Instance]:
+        """Instances of "train", "val" or "test"; a subclass says where from."""
+        raise NotImplementedError
+
+    def metric(self, split: str = "val") -> Metric:
+        """A fresh metric of the data set's own protocol: `update(prediction, batch)`, `compute() -> dict`."""
+        raise NotImplementedError
+
+    def dataset(self, instances: Sequence[Instance], train: bool = False) -> KeypointDataset:
+        return KeypointDataset(
+            instances,
+            self.facts,
+            self.size,
+            self.augmentation if train else None,
+            self.padding,
+            self.hidden if train else "supervise",
+            self.udp,
+        )
+
+    def setup(self, stage: str) -> None:
+        splits = {"fit": ["train", "val"], "validate": ["val"], "test": ["test"], "predict": ["predict"]}[stage]
+        for split in splits:
+            if split not in self.datasets:
+                source = "val" if split == "predict" else split
+                self.datasets[split] = self.dataset(self.instances(source), train=split == "train")

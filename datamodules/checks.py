@@ -1,0 +1,197 @@
+"""Faults in annotations, found before the first step and told all at once, each with what it would have done."""
+
+from collections import defaultdict
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
+
+from datamodules.base import Keypoints
+from datamodules.transforms import DataError, read_image
+
+
+@dataclass
+class Report:
+    """What a check found.
+
+    Attributes:
+        path: the file checked. faults: for each kind of fault (with consequence and remedy) the records that have it.
+        faulty: indices of the annotations that have any. notes: what is odd but no fault.
+    """
+
+    path: Path
+    faults: dict[str, list[str]] = field(default_factory=lambda: defaultdict(list))
+    faulty: set[int] = field(default_factory=set)
+    notes: list[str] = field(default_factory=list)
+
+    def add(self, fault: str, record: str, index: int | None = None) -> None:
+        self.faults[fault].append(record)
+        if index is not None:
+            self.faulty.add(index)
+
+    def __str__(self) -> str:
+        lines = [f"{self.path}: {len(self.faults)} kind(s) of fault"] if self.faults else [f"{self.path}: no fault"]
+        for fault, records in self.faults.items():
+            shown = ", ".join(records[:3]) + (f" and {len(records) - 3} more" if len(records) > 3 else "")
+            lines.append(f"  - {fault}\n    in {shown}")
+        return "\n".join(lines + [f"  note: {note}" for note in self.notes])
+
+    def settle(self, faulty: Literal["error", "drop"]) -> None:
+        """Raise a `DataError` that lists every fault, or ("drop") warn and let the caller leave out `faulty`."""
+        if not self.faults:
+            return
+        if faulty == "error":
+            raise DataError(f"{self}\n  Mend these, or leave the faulty records out with `faulty: drop`.")
+        rank_zero_warn(f"{len(self.faulty)} records are left out:\n{self}")
+
+
+def check_keypoints(
+    content: dict[str, Any],
+    path: Path,
+    images: Path,
+    facts: Keypoints,
+    categories: list[int],
+    decode: bool = False,
+) -> Report:
+    """Check a COCO keypoint file.
+
+    Args:
+        content: the JSON. path: where it came from. images: the image folder. facts: of the skeleton. categories: ids
+            taken. decode: also decode every image (minutes for COCO); else only see that they exist.
+    """
+    report = Report(path)
+    sizes: dict[Any, tuple[float, float]] = {}
+    used = {a.get("image_id") for a in content["annotations"]}
+    for i, image in enumerate(content["images"]):
+        lacking = [k for k in ("id", "file_name", "width", "height") if k not in image]
+        if lacking:
+            report.add(f"image records without {', '.join(lacking)}: they cannot be found or cropped", f"images[{i}]")
+            continue
+        if image["id"] in sizes:
+            report.add("image ids used twice: labels would go to the wrong image", f"image {image['id']}")
+        sizes[image["id"]] = (image["width"], image["height"])
+        if image["id"] in used:
+            _check_image(report, image, images, decode)
+
+    seen: set[Any] = set()
+    inside_box = in_image = normalised = visible = hidden = 0
+    for i, a in enumerate(content["annotations"]):
+        name = f"annotation {a.get('id', f'number {i}')}"
+        if a.get("category_id") not in categories:
+            if a.get("category_id") not in {c.get("id") for c in content["categories"]}:
+                report.add("category_id that no category has: the record would be passed over in silence", name, i)
+            continue
+        if a.get("id") in seen:
+            report.add("annotation ids used twice: COCO's evaluation would drop one of each", name, i)
+        seen.add(a.get("id"))
+        if a.get("image_id") not in sizes:
+            report.add(
+                "image_id that no image has: the record has no picture", f"{name} (image_id {a.get('image_id')})", i
+            )
+            continue
+        points = a.get("keypoints")
+        if points is None or len(points) != 3 * len(facts.names):
+            got = "none" if points is None else f"{len(points)} numbers"
+            report.add(
+                f"keypoints that are not x, y, v for each of the category's {len(facts.names)}: "
+                f"joints would be learned under each other's names",
+                f"{name} ({got})",
+                i,
+            )
+            continue
+        p = np.array(points, dtype=np.float64).reshape(-1, 3)
+        if a.get("iscrowd", 0) or not p.any():
+            continue  # neither learned nor, in COCO's evaluation, counted
+        _check_instance(report, a, p, name, i, sizes[a["image_id"]])
+        if i in report.faulty:
+            continue
+        labelled = p[p[:, 2] > 0, :2]
+        x, y, w, h = a["bbox"]
+        width, height = sizes[a["image_id"]]
+        visible += len(labelled)
+        hidden += int((p[:, 2] == 1).sum())
+        inside_box += int(_within(labelled, x - 0.1 * w, y - 0.1 * h, 1.2 * w, 1.2 * h).sum())
+        in_image += int(_within(labelled, -1, -1, width + 1, height + 1).sum())
+        normalised += int(((labelled >= 0) & (labelled <= 1)).all(1).sum())
+    if visible:
+        if normalised > 0.9 * visible:
+            report.add("keypoints between 0 and 1: they must be pixels, or all would lie in one corner", str(path))
+        elif inside_box < 0.5 * visible:
+            report.add(
+                "most keypoints lie outside their own box: wrong box format or ids that do not match; "
+                "the crop would not show what is labelled, AP would stay near 0",
+                str(path),
+            )
+        if in_image < 0.98 * visible:
+            report.notes.append(f"{visible - in_image} of {visible} labelled keypoints lie outside their image")
+        if hidden == visible:
+            report.notes.append("no keypoint has v=2: with `hidden: ignore` nothing would be learned")
+    if not sizes or not content["annotations"]:
+        report.add("an empty data set: no images or no annotations", str(path))
+    return report
+
+
+def _check_image(report: Report, image: dict[str, Any], folder: Path, decode: bool) -> None:
+    file = folder / image["file_name"]
+    if not file.is_file():
+        report.add(f"images that are not in {folder}: check the folder (train_images, val_images)", image["file_name"])
+    elif decode:
+        try:
+            height, width = read_image(file).shape[:2]
+        except DataError as error:
+            report.add("images that cannot be read", str(error))
+            return
+        if (width, height) != (image["width"], image["height"]):
+            report.add(
+                "images of another size than their record says: labels would be displaced",
+                f"{image['file_name']} ({width}x{height}, record {image['width']}x{image['height']})",
+            )
+
+
+def _check_instance(
+    report: Report, a: dict[str, Any], points: np.ndarray, name: str, i: int, size: tuple[float, float]
+) -> None:
+    box = a.get("bbox")
+    if box is None or len(box) != 4 or not np.isfinite(np.array(box, dtype=np.float64)).all():
+        report.add("bbox that is not four finite numbers (x, y, width, height)", f"{name} ({box})", i)
+        return
+    x, y, w, h = box
+    if w <= 0 or h <= 0:
+        report.add("bbox of no width or height: there is nothing to crop", f"{name} ({box})", i)
+    elif x >= size[0] or y >= size[1] or x + w <= 0 or y + h <= 0:
+        report.add("bbox wholly outside its image: the crop would be black", f"{name} ({box}, image {size})", i)
+    elif (x + w > 1.1 * size[0] + 2 or y + h > 1.1 * size[1] + 2) and w > x and h > y:
+        report.add(
+            "bbox that reaches far beyond its image: x1, y1, x2, y2 instead of x, y, width, height? "
+            "The crop would be far too wide and AP low",
+            f"{name} ({box}, image {size})",
+            i,
+        )
+    if "area" not in a:
+        report.add(
+            "no area: OKS is measured against it, COCO's evaluation cannot run (`area_from_box: true` fills it in)",
+            name,
+            i,
+        )
+    elif not np.isfinite(a["area"]) or a["area"] <= 0:
+        report.add("area that is not positive: OKS would be 0 for every prediction", f"{name} (area {a['area']})", i)
+    if not np.isfinite(points).all():
+        report.add("keypoints that are not finite numbers: the loss would become NaN", name, i)
+    elif not np.isin(points[:, 2], (0, 1, 2)).all():
+        report.add(
+            "visibility other than 0 (not labelled), 1 (hidden), 2 (visible)",
+            f"{name} (v = {sorted(set(points[:, 2].tolist()))})",
+            i,
+        )
+    elif "num_keypoints" in a and (a["num_keypoints"] == 0) != (not (points[:, 2] > 0).any()):
+        report.add(
+            "num_keypoints that contradicts the keypoints: COCO's evaluation would ignore the record",
+            f"{name} (num_keypoints {a['num_keypoints']})",
+            i,
+        )
+
+
+def _within(points: np.ndarray, x: float, y: float, w: float, h: float) -> np.ndarray:
+    return (points[:, 0] >= x) & (points[:, 1] >= y) & (points[:, 0] <= x + w) & (points[:, 1] <= y + h)

@@ -1,0 +1,60 @@
+"""Pictures of labels and predictions."""
+
+import cv2
+import numpy as np
+
+from datamodules.base import Keypoints
+
+
+def draw_keypoints(
+    image: np.ndarray, keypoints: np.ndarray, shown: np.ndarray, facts: Keypoints, radius: int = 2
+) -> np.ndarray:
+    """A copy of `image` (RGB uint8 `[H, W, 3]`) with one skeleton: left limbs warm, right limbs cold, the rest white.
+
+    Args:
+        keypoints: `[K, 2]`, pixels of the image. shown: bool `[K]`, which of them to draw.
+    """
+    canvas = np.ascontiguousarray(image).copy()
+    left = {pair[0] for pair in facts.flip_pairs}
+    right = {pair[1] for pair in facts.flip_pairs}
+
+    def colour(*joints: int) -> tuple[int, int, int]:
+        if left.intersection(joints) and not right.intersection(joints):
+            return (255, 140, 0)
+        if right.intersection(joints) and not left.intersection(joints):
+            return (0, 160, 255)
+        return (255, 255, 255)
+
+    # Sub-pixel drawing: cv2 takes coordinates in sixteenths.
+    places = [tuple(int(round(float(v) * 16)) for v in point) for point in np.nan_to_num(keypoints)]
+    thickness = max(1, radius // 2)
+    for a, b in facts.skeleton:
+        if shown[a] and shown[b]:
+            cv2.line(canvas, places[a], places[b], colour(a, b), thickness, cv2.LINE_AA, 4)
+    for j, place in enumerate(places):
+        if shown[j]:
+            cv2.circle(canvas, place, radius * 16, colour(j), -1, cv2.LINE_AA, 4)
+            cv2.circle(canvas, place, radius * 16, (0, 0, 0), 1, cv2.LINE_AA, 4)
+    return canvas
+
+
+def heatmap_overlay(image: np.ndarray, heatmap: np.ndarray) -> np.ndarray:
+    """`image` (RGB uint8 `[H, W, 3]`) half covered by a `heatmap` (`[h, w]`, 0..1 shown from blue to red)."""
+    values = (np.clip(heatmap, 0, 1) * 255).astype(np.uint8)
+    values = cv2.resize(values, (image.shape[1], image.shape[0]), interpolation=cv2.INTER_LINEAR)
+    colours = cv2.cvtColor(cv2.applyColorMap(values, cv2.COLORMAP_JET), cv2.COLOR_BGR2RGB)
+    return cv2.addWeighted(image, 0.5, colours, 0.5, 0)
+
+
+def grid(pictures: list[np.ndarray], columns: int = 2) -> np.ndarray:
+    """Equal-sized pictures in rows; the last row is filled up with black."""
+    blank = np.zeros_like(pictures[0])
+    pictures = pictures + [blank] * (-len(pictures) % columns)
+    rows = [np.concatenate(pictures[i : i + columns], axis=1) for i in range(0, len(pictures), columns)]
+    return np.concatenate(rows)
+
+
+def write_image(path: str, image: np.ndarray) -> None:
+    """Write RGB uint8 `[H, W, 3]`; OpenCV's silent failures become an OSError."""
+    if not cv2.imwrite(path, cv2.cvtColor(image, cv2.COLOR_RGB2BGR)):
+        raise OSError(f"{path}: cannot write the picture")

@@ -1,0 +1,174 @@
+"""Images from files, and geometry that says what it did: every crop returns the matrix it was made with."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import cv2
+import numpy as np
+from numpy.typing import NDArray
+
+Array = NDArray[np.float64]
+
+cv2.setNumThreads(0)  # loader workers are the parallelism; OpenCV's own threads only fight them
+
+
+class DataError(ValueError):
+    """Data that cannot be used; the message names the file, the record and the remedy."""
+
+
+def read_image(path: str | Path) -> NDArray[np.uint8]:
+    """RGB `[H, W, 3]` of an image file, EXIF orientation ignored (labels are made on the stored pixels).
+
+    Raises:
+        DataError: naming the file if it is missing, is no image, or is cut off (OpenCV would fill in grey).
+    """
+    try:
+        data = Path(path).read_bytes()
+    except OSError as error:
+        raise DataError(f"{path}: cannot read the image ({error.strerror}); check the image folder") from None
+    if not data:
+        raise DataError(f"{path}: the image file is empty; copy it anew")
+    if not _ends(data):
+        _read_all(path)
+    image = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_COLOR | cv2.IMREAD_IGNORE_ORIENTATION)
+    if image is None:
+        raise DataError(f"{path}: not an image OpenCV can read; convert it to JPEG or PNG, or remove its record")
+    return cv2.cvtColor(image, cv2.COLOR_BGR2RGB)
+
+
+def _ends(data: bytes) -> bool:
+    """Whether a JPEG or PNG has its end marker near its end; other formats pass."""
+    if data[:2] == b"\xff\xd8":
+        return b"\xff\xd9" in data[-64:]
+    if data[:4] == b"\x89PNG":
+        return b"IEND" in data[-64:]
+    return True
+
+
+def _read_all(path: str | Path) -> None:
+    """Decode with Pillow, which refuses files that OpenCV would silently complete."""
+    from PIL import Image
+
+    try:
+        with Image.open(path) as image:
+            image.load()
+    except (OSError, SyntaxError) as error:
+        raise DataError(f"{path}: broken or truncated image ({error}); copy it anew, or remove its record") from None
+
+
+def crop_of_box(box: Array, size: tuple[int, int], padding: float = 1.25) -> tuple[Array, Array]:
+    """Centre (x, y) and extent (w, h) of the crop a box stands for: grown to the aspect of `size` (H, W), then by
+    `padding` (official coco.py _box2cs).
+
+    Args:
+        box: x, y, w, h in image pixels.
+    """
+    x, y, w, h = (float(v) for v in box)
+    aspect = size[1] / size[0]
+    if w > aspect * h:
+        h = w / aspect
+    elif w < aspect * h:
+        w = h * aspect
+    centre = np.array([x + box[2] / 2, y + box[3] / 2], dtype=np.float64)
+    return centre, np.array([w, h], dtype=np.float64) * padding
+
+
+def crop_matrix(centre: Array, extent: Array, size: tuple[int, int], rotation: float = 0.0, udp: bool = False) -> Array:
+    """The affine `[2, 3]` from image pixels to the pixels of a crop.
+
+    Args:
+        centre, extent: of the crop in image pixels, (x, y) and (w, h).
+        size: (H, W) of the crop.
+        rotation: degrees.
+        udp: lay the outermost pixel centres on the outline (UDP); False is the official map, whose scale follows the
+            width alone and whose centre is W / 2, half a pixel off the middle (official transforms.py
+            get_affine_transform).
+    """
+    target = np.array([size[1], size[0]], dtype=np.float64)
+    if udp:
+        target -= 1
+        scale = target / extent
+    else:
+        scale = np.full(2, target[0] / extent[0])
+    angle = np.deg2rad(rotation)
+    turn = np.array([[np.cos(angle), np.sin(angle)], [-np.sin(angle), np.cos(angle)]])
+    linear = scale[:, None] * turn
+    return np.concatenate([linear, (target / 2 - linear @ centre)[:, None]], axis=1)
+
+
+def mirror(matrix: Array, width: int) -> Array:
+    """`matrix` preceded by the mirror image of an image of that width: x -> width - 1 - x."""
+    flipped = matrix.copy()
+    flipped[:, 0] = -matrix[:, 0]
+    flipped[:, 2] = matrix[:, 2] + matrix[:, 0] * (width - 1)
+    return flipped
+
+
+def apply(matrix: Array, points: Array) -> Array:
+    """`points` `[..., 2]` mapped by an affine `[2, 3]`."""
+    return points @ matrix[:, :2].T + matrix[:, 2]
+
+
+def invert(matrix: Array) -> Array:
+    """The affine `[2, 3]` that undoes `matrix`."""
+    return cv2.invertAffineTransform(np.asarray(matrix, dtype=np.float64))
+
+
+def warp(image: NDArray[np.uint8], matrix: Array, size: tuple[int, int]) -> NDArray[np.uint8]:
+    """The crop of `size` (H, W): bilinear, black outside the image."""
+    return cv2.warpAffine(image, matrix, (size[1], size[0]), flags=cv2.INTER_LINEAR)
+
+
+@dataclass(frozen=True)
+class PoseAugmentation:
+    """Random crops for pose training, as in official JointsDataset.py; defaults are its COCO recipe.
+
+    Args:
+        scale: s of the factor clip(1 + s * N(0, 1), 1 - s, 1 + s) on the crop's extent.
+        rotation: r of the angle clip(r * N(0, 1), -2 r, 2 r) in degrees.
+        rotation_probability: how often to rotate at all.
+        flip: probability of a mirror image, left and right joints swapped.
+        half_body: probability to crop the upper or the lower body alone.
+        half_body_keypoints: only for people with more visible joints than this.
+    """
+
+    scale: float = 0.35
+    rotation: float = 45.0
+    rotation_probability: float = 0.6
+    flip: float = 0.5
+    half_body: float = 0.3
+    half_body_keypoints: int = 8
+
+    def half(
+        self, keypoints: Array, visible: Array, upper: Array, size: tuple[int, int], rng: np.random.Generator
+    ) -> tuple[Array, Array] | None:
+        """Centre and extent of a half-body crop, or None where the official rule keeps the whole.
+
+        Args:
+            keypoints, visible: `[K, 2]` and `[K]` of one person.
+            upper: bool `[K]`, which joints belong to the upper body.
+            size: (H, W) of the crop.
+        """
+        seen = visible > 0
+        if seen.sum() <= self.half_body_keypoints or rng.random() >= self.half_body:
+            return None
+        above, below = keypoints[seen & upper], keypoints[seen & ~upper]
+        # A normal draw below 0.5, as officially: the upper body in 69 % of cases, not in half of them.
+        if rng.standard_normal() < 0.5 and len(above) > 2:
+            chosen = above
+        else:
+            chosen = below if len(below) > 2 else above
+        if len(chosen) < 2:
+            return None
+        low, high = chosen.min(0), chosen.max(0)
+        centre = chosen.mean(0)
+        _, extent = crop_of_box(np.array([*low, *(high - low)]), size, padding=1.5)
+        return centre, extent
+
+    def factor(self, rng: np.random.Generator) -> float:
+        return float(np.clip(1 + self.scale * rng.standard_normal(), 1 - self.scale, 1 + self.scale))
+
+    def angle(self, rng: np.random.Generator) -> float:
+        if rng.random() > self.rotation_probability:
+            return 0.0
+        return float(np.clip(rng.standard_normal() * self.rotation, -2 * self.rotation, 2 * self.rotation))

@@ -1,0 +1,156 @@
+"""What all tasks share: steps, losses summed and logged, optimiser, normalisation, metric, weights to start from."""
+
+from collections.abc import Mapping
+from dataclasses import asdict, is_dataclass
+from typing import Any, Literal
+
+import lightning as L
+import torch
+from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
+from lightning.pytorch.utilities.rank_zero import rank_zero_info
+from torch import Tensor, nn
+from torchmetrics import Metric, MetricCollection
+
+from hrnet import HRNet, HRNetConfig
+from hrnet.weights import InitFrom, load
+
+
+class Task(L.LightningModule):
+    """A backbone, a head, and how they learn.
+
+    A subclass says `loss(features, batch)` and `predict(features, batch)`, and `picture(batch, prediction, index)`.
+
+    Args:
+        backbone: an `HRNetConfig`, or a preset's name such as "w48".
+        head: built by the subclass.
+        maps: how many of the backbone's maps the head reads.
+        init: official initialisation of the backbone, see `HRNet`.
+        optimizer, lr_scheduler: callables that take parameters, and the optimiser.
+        lr_interval: whether the schedule counts epochs or steps.
+        init_from: weights to start from; a path, or path, part and strictness.
+        mean, std: of the input's normalisation, RGB in 0..1.
+        channels_last: memory format; faster on GPUs with tensor cores and on most CPUs.
+    """
+
+    def __init__(
+        self,
+        backbone: HRNetConfig | str | Mapping[str, Any],
+        maps: int,
+        init: Literal["kaiming", "normal"],
+        optimizer: OptimizerCallable | None,
+        lr_scheduler: LRSchedulerCallable | None,
+        lr_interval: Literal["epoch", "step"],
+        init_from: InitFrom | str | None,
+        mean: tuple[float, float, float],
+        std: tuple[float, float, float],
+        channels_last: bool,
+    ) -> None:
+        super().__init__()
+        self.backbone = HRNet(backbone, maps, init)
+        self.optimizer, self.lr_scheduler, self.lr_interval = optimizer, lr_scheduler, lr_interval
+        self.init_from = InitFrom(init_from) if isinstance(init_from, str) else init_from
+        self.channels_last = channels_last
+        # Not persistent: weights from elsewhere should not have to carry them.
+        self.register_buffer("mean", torch.tensor(mean).view(1, 3, 1, 1) * 255, persistent=False)
+        self.register_buffer("std", torch.tensor(std).view(1, 3, 1, 1) * 255, persistent=False)
+        self.metrics = nn.ModuleDict()
+
+    def keep_hyperparameters(self, ignore: list[str]) -> None:
+        """Call at the end of a subclass's `__init__`: what a checkpoint must hold to build the task again.
+
+        Plain values only, so that it can be read with `weights_only=True`; built in Python or by the command line, the
+        same form. Evaluation-only settings are to be ignored, for the checkpoint's would win over the command line's.
+        """
+        hparams = dict(self.hparams)
+        if "_instantiator" not in hparams:
+            hparams = {k: plain(v) for k, v in hparams.items() if not callable(v) or is_dataclass(v)}
+            hparams["_instantiator"] = "lightning.pytorch.cli.instantiate_module"
+        for key in [*ignore, "init_from"]:
+            hparams.pop(key, None)
+        self.hparams.clear()
+        self.save_hyperparameters(hparams)
+        self._hparams_name = "kwargs"
+
+    def loss(self, features: list[Tensor], batch: Any) -> dict[str, Tensor]:
+        """Named losses of the backbone's maps for a batch; their sum is minimised."""
+        raise NotImplementedError
+
+    def predict(self, features: list[Tensor], batch: Any) -> dict[str, Tensor]:
+        """The prediction, in the coordinates of the batch."""
+        raise NotImplementedError
+
+    def picture(self, batch: Any, prediction: dict[str, Tensor] | None, index: int) -> Any:
+        """RGB uint8 `[H, W, 3]` of one sample: label beside prediction, or the label alone."""
+        raise NotImplementedError
+
+    def forward(self, image: Tensor) -> list[Tensor]:
+        """The backbone's maps of images, uint8 RGB `[B, 3, H, W]`."""
+        x = (image.float() - self.mean) / self.std
+        if self.channels_last:
+            x = x.contiguous(memory_format=torch.channels_last)
+        return self.backbone(x)
+
+    def training_step(self, batch: Any, index: int) -> Tensor:
+        losses = self.loss(self(batch["image"]), batch)
+        total = torch.stack(list(losses.values())).sum()
+        size = len(batch["image"])
+        self.log("train/loss", total, prog_bar=True, batch_size=size)
+        if len(losses) > 1:
+            self.log_dict({f"train/{k}": v for k, v in losses.items()}, batch_size=size)
+        return total
+
+    def validation_step(self, batch: Any, index: int) -> dict[str, Tensor]:
+        return self.evaluate(batch, "val")
+
+    def test_step(self, batch: Any, index: int) -> dict[str, Tensor]:
+        return self.evaluate(batch, "test")
+
+    def predict_step(self, batch: Any, index: int) -> dict[str, Tensor]:
+        return self.predict(self(batch["image"]), batch)
+
+    def evaluate(self, batch: Any, split: str) -> dict[str, Tensor]:
+        features = self(batch["image"])
+        losses = self.loss(features, batch)
+        total = torch.stack(list(losses.values())).sum()
+        self.log(f"{split}/loss", total, batch_size=len(batch["image"]), sync_dist=True)
+        prediction = self.predict(features, batch)
+        self.metrics[split].update(prediction, batch)
+        return prediction
+
+    def on_validation_epoch_end(self) -> None:
+        self.log_metric("val")
+
+    def on_test_epoch_end(self) -> None:
+        self.log_metric("test")
+
+    def log_metric(self, split: str) -> None:
+        """Log the data set's numbers, and its first one once more as `<split>/score`, which checkpoints go by."""
+        metric = self.metrics[split]
+        assert isinstance(metric, Metric | MetricCollection)
+        values = {k: float(v) for k, v in metric.compute().items()}
+        metric.reset()
+        self.log_dict({f"{split}/{k}": v for k, v in values.items()})
+        self.log(f"{split}/score", next(iter(values.values())), prog_bar=True)
+
+    def setup(self, stage: str) -> None:
+        if self.channels_last:
+            self.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        data = getattr(self.trainer, "datamodule", None)
+        for split in {"fit": ["val"], "validate": ["val"], "test": ["test"]}.get(stage, []):
+            self.metrics[split] = data.metric(split)
+        if self.init_from is not None and self.trainer.ckpt_path is None:
+            rank_zero_info(load(self, self.init_from))
+
+    def configure_optimizers(self) -> Any:
+        if self.optimizer is None:
+            raise ValueError("this task was built without an optimizer; give `optimizer`, or use the command line")
+        optimizer = self.optimizer(self.parameters())
+        if self.lr_scheduler is None:
+            return optimizer
+        scheduler = self.lr_scheduler(optimizer)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": self.lr_interval}}
+
+
+def plain(value: Any) -> Any:
+    """A dataclass as its fields, recursively; other values as they are."""
+    return asdict(value) if is_dataclass(value) and not isinstance(value, type) else value

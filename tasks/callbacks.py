@@ -1,0 +1,78 @@
+"""What a run leaves behind beside numbers: pictures, predictions, and a summary one can read."""
+
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import numpy as np
+from lightning.pytorch.callbacks import Callback, ModelCheckpoint
+from lightning.pytorch.loggers import TensorBoardLogger, WandbLogger
+from lightning.pytorch.utilities.rank_zero import rank_zero_only
+
+from datamodules.drawing import grid, write_image
+
+
+class Pictures(Callback):
+    """Draws the first training batch as the network sees it, and labels beside predictions after every validation.
+
+    Args:
+        count: samples a picture.
+    """
+
+    def __init__(self, count: int = 8) -> None:
+        self.count = count
+
+    def on_train_batch_start(self, trainer: L.Trainer, task: Any, batch: Any, index: int) -> None:
+        if trainer.global_step == 0 and index == 0:
+            self.save(trainer, task, batch, None, "first_batch")
+
+    def on_validation_batch_end(
+        self, trainer: L.Trainer, task: Any, outputs: Any, batch: Any, index: int, loader: int = 0
+    ) -> None:
+        if index == 0 and not trainer.sanity_checking:
+            self.save(trainer, task, batch, outputs, f"epoch_{trainer.current_epoch:03d}")
+
+    on_test_batch_end = on_validation_batch_end  # type: ignore[assignment]
+
+    @rank_zero_only
+    def save(self, trainer: L.Trainer, task: Any, batch: Any, outputs: Any, name: str) -> None:
+        if trainer.fast_dev_run or trainer.log_dir is None:  # type: ignore[attr-defined]
+            return
+        picture = grid([task.picture(batch, outputs, i) for i in range(min(self.count, len(batch["image"])))])
+        folder = Path(trainer.log_dir) / "pictures"
+        folder.mkdir(parents=True, exist_ok=True)
+        write_image(str(folder / f"{name}.jpg"), picture)
+        key = "first_batch" if outputs is None else "predictions"
+        for logger in trainer.loggers:
+            if isinstance(logger, WandbLogger):
+                logger.log_image(key, [picture], step=trainer.global_step)
+            elif isinstance(logger, TensorBoardLogger):
+                logger.experiment.add_image(key, np.ascontiguousarray(picture), trainer.global_step, dataformats="HWC")
+
+
+class Summary(Callback):
+    """Says at the end where everything lies and what to do with it."""
+
+    def on_fit_end(self, trainer: L.Trainer, task: Any) -> None:
+        checkpoints = [c for c in trainer.checkpoint_callbacks if isinstance(c, ModelCheckpoint)]
+        best = next((c for c in checkpoints if c.monitor), None)
+        if not trainer.is_global_zero or trainer.fast_dev_run or trainer.log_dir is None:  # type: ignore[attr-defined]
+            return
+        lines = ["", f"trained for {trainer.current_epoch} epochs, {trainer.global_step} steps"]
+        lines += numbers(trainer, "val/")
+        if best is not None and best.best_model_score is not None:
+            lines.append(f"best {best.monitor} {float(best.best_model_score):.4f}: {best.best_model_path}")
+        lines += [
+            f"metrics:    {Path(trainer.log_dir) / 'metrics.csv'}",
+            f"pictures:   {Path(trainer.log_dir) / 'pictures'}",
+            f"try it:     python -m {type(task).__module__} predict --ckpt_path best --data.path YOUR_PHOTOS",
+        ]
+        print("\n".join(lines), flush=True)
+
+
+def numbers(trainer: L.Trainer, prefix: str) -> list[str]:
+    """The logged metrics of a split, five a line."""
+    values = [
+        f"{k.removeprefix(prefix)} {float(v):.4f}" for k, v in trainer.callback_metrics.items() if k.startswith(prefix)
+    ]
+    return ["  ".join(values[i : i + 5]) for i in range(0, len(values), 5)]

@@ -1,0 +1,159 @@
+"""The one command line of all tasks: `python -m tasks.<task> fit|validate|test|predict`."""
+
+import importlib
+import os
+import pkgutil
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from lightning.pytorch.cli import LightningCLI, SaveConfigCallback
+from lightning.pytorch.loggers import CSVLogger, Logger
+from lightning.pytorch.utilities.rank_zero import rank_zero_info
+
+import datamodules
+from datamodules.base import DataModule
+from datamodules.transforms import DataError
+from hrnet.weights import WeightsError
+from tasks.base import Task
+
+CONFIGS = Path(__file__).parent.parent / "configs"
+
+
+class SaveConfig(SaveConfigCallback):
+    """Beside `config.yaml` in the run's folder, the whole configuration goes to every logger that keeps any."""
+
+    def save_config(self, trainer: Any, pl_module: Any, stage: str) -> None:
+        config = yaml.safe_load(self.parser.dump(self.config, skip_none=False))
+        for logger in trainer.loggers:
+            if not isinstance(logger, CSVLogger):  # config.yaml lies there already
+                logger.log_hyperparams(config)
+
+
+class CLI(LightningCLI):
+    """LightningCLI with the data's facts linked to the task, a run folder, and `--ckpt_path last|best` across runs."""
+
+    def _prepare_subcommand_parser(self, klass: type, subcommand: str, **kwargs: Any) -> Any:
+        self.preparing = subcommand  # the links depend on it
+        return super()._prepare_subcommand_parser(klass, subcommand, **kwargs)
+
+    def add_arguments_to_parser(self, parser: Any) -> None:
+        if self.preparing == "predict":  # pictures know nothing of keypoints: the checkpoint does
+            for name in self.model_class.protocol:
+                parser.link_arguments(f"model.{name}", f"data.init_args.{name}", apply_on="instantiate")
+        else:
+            for name in self.model_class.facts:
+                parser.link_arguments(f"data.{name}", f"model.{name}", apply_on="instantiate")
+
+    def parse_arguments(self, parser: Any, args: Any) -> None:
+        super().parse_arguments(parser, args)
+        config = self.config[self.config.subcommand]
+        config.trainer.default_root_dir = str(config.trainer.default_root_dir or "runs")
+        root = Path(config.trainer.default_root_dir) / self.task
+        if config.get("ckpt_path") in ("last", "best"):
+            config.ckpt_path = str(find_checkpoint(root, config.ckpt_path))
+            rank_zero_info(f"checkpoint: {config.ckpt_path}")
+        if config.get("ckpt_path"):
+            check_checkpoint(Path(config.ckpt_path))
+        elif self.config.subcommand != "fit" and config.get("model.init_from") is None:
+            rank_zero_info("neither --ckpt_path nor --model.init_from: the network is untrained")
+        if not config.trainer.fast_dev_run:
+            check_writable(root)
+
+    @property
+    def task(self) -> str:
+        return self.model_class.__module__.rsplit(".", 1)[-1]
+
+    def instantiate_trainer(self, **kwargs: Any) -> Any:
+        config = self._get(self.config_init, "trainer")
+        given = config["logger"]
+        others = [x for x in (given if isinstance(given, list) else [given]) if isinstance(x, Logger)]
+        # First, so that the run's folder is its folder; metrics.csv is written always.
+        kwargs["logger"] = [CSVLogger(config["default_root_dir"], name=self.task), *others]
+        if config["precision"] is None:
+            # bf16, never fp16: HRNets are known to give NaN in it.
+            kwargs["precision"] = "bf16-mixed" if torch.cuda.is_available() else "32-true"
+        return super().instantiate_trainer(**kwargs)
+
+
+def find_checkpoint(root: Path, which: str) -> Path:
+    """The newest run's `last.ckpt` or `best.ckpt` below `root`.
+
+    Raises:
+        WeightsError: if there is none.
+    """
+    found = sorted(root.glob(f"*/checkpoints/{which}.ckpt"), key=lambda path: path.stat().st_mtime)
+    if not found:
+        raise WeightsError(f"no {which}.ckpt in any run below {root}; give the checkpoint's path")
+    return found[-1]
+
+
+def check_checkpoint(path: Path) -> None:
+    """Raise a `WeightsError` unless `path` is a checkpoint of one of our runs."""
+    if not path.is_file():
+        raise WeightsError(f"{path}: no such checkpoint")
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except Exception as error:
+        reason = str(error).splitlines()[0]
+        raise WeightsError(f"{path}: not a readable checkpoint of a run ({reason}); is it cut off?") from None
+    if not isinstance(content, dict) or "state_dict" not in content or "hyper_parameters" not in content:
+        raise WeightsError(
+            f"{path}: weights, but no checkpoint of a run; --ckpt_path goes on with a run, "
+            f"to start from these weights say --model.init_from {path}"
+        )
+
+
+def check_writable(folder: Path) -> None:
+    """Raise an `OSError` that names the folder, before any time is spent, if it cannot be written to."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise OSError(
+            f"{folder}: cannot write there ({error.strerror}); choose another --trainer.default_root_dir"
+        ) from None
+
+
+def with_default_data(task: str, args: list[str]) -> list[str]:
+    """`args`, with the embedded data's (or, to predict, the pictures') configuration before them if they name no data."""
+    if not args or args[0].startswith("-") or any(a == "--data" or a.startswith("--data=") for a in args):
+        return args
+    configs = [b for a, b in zip(args, args[1:], strict=False) if a in ("-c", "--config")]
+    configs += [a.split("=", 1)[1] for a in args if a.startswith("--config=")]
+    for config in configs:
+        if Path(config).is_file() and "data" in (yaml.safe_load(Path(config).read_text()) or {}):
+            return args
+    default = CONFIGS / task / ("predict.yaml" if args[0] == "predict" else "rendered.yaml")
+    return [args[0], "--config", str(default), *args[1:]]
+
+
+def main(task: type[Task], args: list[str] | None = None) -> CLI:
+    """Run a task's command line; faults of data, weights and output end with one message and exit code 1."""
+    name = task.__module__.rsplit(".", 1)[-1]
+    for module in pkgutil.iter_modules(datamodules.__path__):  # so that `--data Mpii` needs no path
+        importlib.import_module(f"datamodules.{module.name}")
+    args = with_default_data(name, sys.argv[1:] if args is None else list(args))
+    sys.argv[1:] = args  # what a DDP launcher starts its other processes with
+    layers = [str(CONFIGS / "default.yaml"), str(CONFIGS / name / "default.yaml")]
+    try:
+        return CLI(
+            task,
+            DataModule,
+            subclass_mode_data=True,
+            auto_configure_optimizers=False,
+            seed_everything_default=0,
+            save_config_callback=SaveConfig,
+            save_config_kwargs={"overwrite": True},
+            parser_kwargs={sub: {"default_config_files": layers} for sub in ("fit", "validate", "test", "predict")},
+        )
+    except (DataError, WeightsError, OSError) as error:
+        if os.environ.get("HRNET_TRACEBACK"):
+            raise
+        # An error of a loader's worker brings the worker's traceback as its message; its last part is ours.
+        text = str(error).rsplit(f"{type(error).__name__}: ", 1)[-1].strip()
+        raise SystemExit(f"\n{type(error).__name__}: {text}\n(HRNET_TRACEBACK=1 shows where)") from None

@@ -1,0 +1,199 @@
+"""Top-down pose: boxes are cropped, HRNetV1 puts out a heatmap a keypoint (paper, section 4).
+
+`python -m tasks.pose fit|validate|test|predict`
+"""
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
+from torch import Tensor, nn
+
+from datamodules.base import Instance, KeypointDataset, Keypoints
+from datamodules.drawing import draw_keypoints, heatmap_overlay
+from datamodules.transforms import read_image
+from hrnet import PRESETS, HRNetConfig
+from hrnet.codecs import Heatmap
+from hrnet.heads import HRNetV1
+from hrnet.losses import JointsMSE
+from hrnet.weights import InitFrom
+from tasks.base import Task
+from tasks.cli import main
+
+COCO = Keypoints(
+    names="nose left_eye right_eye left_ear right_ear left_shoulder right_shoulder left_elbow right_elbow "
+    "left_wrist right_wrist left_hip right_hip left_knee right_knee left_ankle right_ankle".split(),
+    skeleton=[
+        *([15, 13], [13, 11], [16, 14], [14, 12], [11, 12], [5, 11], [6, 12], [5, 6], [5, 7], [6, 8]),
+        *([7, 9], [8, 10], [1, 2], [0, 1], [0, 2], [1, 3], [2, 4], [3, 5], [4, 6]),
+    ],
+    flip_pairs=[[i, i + 1] for i in range(1, 17, 2)],
+)
+
+
+class Pose(Task):
+    """Keypoints of boxed instances.
+
+    Args:
+        backbone: an `HRNetConfig`, or a preset's name such as "w48".
+        head: class of the head; called with the maps' channels and the number of keypoints.
+        codec: how keypoints become heatmaps and come back.
+        loss: of output, target `[B, K, h, w]` and weight `[B, K]`.
+        flip_test: average with the mirrored image's output; evaluation only.
+        keypoint_names, skeleton, flip_pairs, num_keypoints: facts of the data (linked on the command line).
+        size, padding, udp: how the data crop boxes, so that a checkpoint knows what it was fed.
+        init, optimizer, lr_scheduler, lr_interval, init_from, mean, std, channels_last: see `Task`.
+    """
+
+    facts = ("num_keypoints", "keypoint_names", "skeleton", "flip_pairs", "size", "padding", "udp")
+    """What the command line passes from the data to the task when fitting and evaluating..."""
+    protocol = ("size", "padding", "udp")
+    """...and from the task to the data when predicting."""
+
+    def __init__(
+        self,
+        backbone: HRNetConfig | str = PRESETS["w32"],
+        head: Callable[[list[int], int], nn.Module] = HRNetV1,
+        codec: Heatmap = Heatmap(),  # noqa: B008 (frozen)
+        loss: JointsMSE | nn.Module = JointsMSE(),  # noqa: B008 (frozen)
+        flip_test: bool = True,
+        init: Literal["kaiming", "normal"] = "normal",
+        optimizer: OptimizerCallable | None = None,
+        lr_scheduler: LRSchedulerCallable | None = None,
+        lr_interval: Literal["epoch", "step"] = "epoch",
+        init_from: InitFrom | str | None = None,
+        mean: tuple[float, float, float] = (0.485, 0.456, 0.406),
+        std: tuple[float, float, float] = (0.229, 0.224, 0.225),
+        channels_last: bool = True,
+        num_keypoints: int = 17,
+        keypoint_names: list[str] = COCO.names,
+        skeleton: list[list[int]] = COCO.skeleton,
+        flip_pairs: list[list[int]] = COCO.flip_pairs,
+        size: tuple[int, int] = (256, 192),
+        padding: float = 1.25,
+        udp: bool = False,
+    ) -> None:
+        maps = getattr(head, "maps", 4) if isinstance(head, type) else getattr(head([1] * 4, 1), "maps", 4)
+        super().__init__(
+            backbone, maps, init, optimizer, lr_scheduler, lr_interval, init_from, mean, std, channels_last
+        )
+        self.save_hyperparameters()
+        self.keep_hyperparameters(ignore=["flip_test"])
+        self.head = head(self.backbone.channels, num_keypoints)
+        self.codec, self.joint_loss, self.flip_test = codec, loss, flip_test
+        self.skeleton_facts = Keypoints(keypoint_names, skeleton, flip_pairs)
+        self.size, self.padding, self.udp = (size[0], size[1]), padding, udp
+        index = torch.tensor(self.skeleton_facts.flip_index)
+        self.register_buffer("flip_index", index, persistent=False)
+
+    def loss(self, features: list[Tensor], batch: Any) -> dict[str, Tensor]:
+        size = batch["image"].shape[-2:]
+        target, weight = self.codec.encode(batch["keypoints"], batch["visible"], size)
+        return {"heatmap": self.joint_loss(self.head(features), target, weight)}
+
+    def predict(self, features: list[Tensor], batch: Any) -> dict[str, Tensor]:
+        """`keypoints` `[B, K, 2]` in input pixels, `score` `[B, K]`, and the `heatmap` they were read from."""
+        heatmap = self.head(features).float()
+        if self.flip_test:
+            mirrored = self.head(self(batch["image"].flip(-1))).float()
+            heatmap = self.codec.merge(heatmap, mirrored, self.flip_index)
+        keypoints, score = self.codec.decode(heatmap, batch["image"].shape[-2:])
+        return {"keypoints": keypoints, "score": score, "heatmap": heatmap}
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        names = checkpoint.get("hyper_parameters", {}).get("keypoint_names")
+        if names is not None and list(names) != self.skeleton_facts.names:
+            raise ValueError(
+                f"the checkpoint's keypoints {list(names)} are not the data's {self.skeleton_facts.names}; "
+                f"use the data it was trained for, or start from it by `init_from`"
+            )
+
+    @torch.inference_mode()
+    def infer(
+        self, images: str | Path | np.ndarray | Sequence[Any], boxes: Sequence[Any] | None = None
+    ) -> list[dict[str, np.ndarray]]:
+        """Keypoints of images, in their own coordinates.
+
+        Args:
+            images: a path or an RGB uint8 array `[H, W, 3]`, or a list of them.
+            boxes: for each image a list of boxes x, y, w, h in its pixels (for one image, its list of boxes); None takes
+                the whole image as one box.
+
+        Returns:
+            For each image `keypoints` `[N, K, 2]`, `score` `[N, K]` and `boxes` `[N, 4]`.
+
+        Raises:
+            DataError: if an image cannot be read.
+        """
+        if isinstance(images, str | Path | np.ndarray):
+            images, boxes = [images], None if boxes is None else [boxes]
+        results = []
+        training = self.training
+        self.eval()
+        for i, image in enumerate(images):
+            array = image if isinstance(image, np.ndarray) else read_image(image)
+            chosen = [[0, 0, array.shape[1], array.shape[0]]] if boxes is None else boxes[i]
+            instances = [Instance("", 0, np.array(b, dtype=np.float64), np.zeros((0, 2)), np.zeros(0)) for b in chosen]
+            data = ArrayCrops(instances, self.skeleton_facts, self.size, padding=self.padding, udp=self.udp)
+            data.array = array
+            found = []
+            for start in range(0, len(data), 32):
+                batch = torch.utils.data.default_collate([data[j] for j in range(start, min(start + 32, len(data)))])
+                batch = {k: v.to(self.device) for k, v in batch.items()}
+                prediction = self.predict_step(batch, 0)
+                found.append((to_image(prediction["keypoints"], batch["to_image"]), prediction["score"]))
+            k = len(self.skeleton_facts.names)
+            results.append(
+                {
+                    "keypoints": torch.cat([f[0] for f in found]).cpu().numpy() if found else np.zeros((0, k, 2)),
+                    "score": torch.cat([f[1] for f in found]).cpu().numpy() if found else np.zeros((0, k)),
+                    "boxes": np.array(chosen, dtype=np.float64).reshape(-1, 4),
+                }
+            )
+        self.train(training)
+        return results
+
+    def picture(self, batch: Any, prediction: dict[str, Tensor] | None, index: int) -> np.ndarray:
+        """Labels, prediction and the heatmaps' maximum on one input, side by side: RGB uint8 `[H, 3 W, 3]`; labels alone
+        without a prediction."""
+        image = batch["image"][index].permute(1, 2, 0).cpu().numpy()
+        truth = batch["keypoints"][index].float().cpu().numpy()
+        shown = batch["visible"][index].cpu().numpy() > 0
+        facts = self.skeleton_facts
+        labelled = draw_keypoints(image, truth, shown, facts) if len(truth) else image
+        if prediction is None:
+            return labelled
+        guess = prediction["keypoints"][index].float().cpu().numpy()
+        predicted = draw_keypoints(image, guess, np.ones(len(guess), dtype=bool), facts)
+        heatmap = prediction["heatmap"][index].amax(0).float().cpu().numpy()
+        return np.concatenate([labelled, predicted, heatmap_overlay(image, heatmap)], axis=1)
+
+    def draw(self, image: np.ndarray, result: dict[str, Any], threshold: float = 0.2) -> np.ndarray:
+        """`image` (RGB uint8 `[H, W, 3]`) with the keypoints of an `infer` result that score above `threshold`."""
+        radius = max(2, round(max(image.shape[:2]) / 200))
+        for keypoints, score in zip(result["keypoints"], result["score"], strict=True):
+            image = draw_keypoints(image, keypoints, score > threshold, self.skeleton_facts, radius)
+        return image
+
+
+class ArrayCrops(KeypointDataset):
+    """Crops of an image that is in memory already."""
+
+    array: np.ndarray
+
+    def read(self, instance: Instance) -> np.ndarray:
+        return self.array
+
+
+def to_image(keypoints: Tensor, matrix: Tensor) -> Tensor:
+    """`[B, K, 2]` of input pixels in the pixels of the original images, by `to_image` `[B, 2, 3]`."""
+    return torch.einsum("bij,bkj->bki", matrix[:, :, :2], keypoints) + matrix[:, None, :, 2]
+
+
+if __name__ == "__main__":
+    from tasks.pose import Pose as Imported  # a class of __main__ could not be found again by its checkpoints
+
+    main(Imported)
