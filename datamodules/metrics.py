@@ -144,7 +144,7 @@ class KeypointAP(_Samples):
     sigmas: one per keypoint, for any K, or ValueError is raised (COCO's own: .025 to .107).
     nms: "oks", "soft" or None, among the poses of one image and category.
     score_threshold: the box score is multiplied by the mean of the keypoint scores above it (or 0).
-    backend: "pycocotools", or "faster" for faster-coco-eval: the same digits in half the time.
+    backend: "pycocotools", or "faster" for faster-coco-eval: the same digits, somewhat sooner.
     """
 
     def __init__(
@@ -248,8 +248,8 @@ def _complete(ground_truth: dict[str, Any], num_keypoints: int) -> dict[str, Any
 class PCKh(_Samples):
     """MPII's measure: labelled joints no further off than a part of the head's size, in percent.
     The 16 joints are in MPII's order; `Instance.norm` is 0.6 times the diagonal of the head box; if
-    there is none, ValueError. The mean is over all labelled joints but pelvis and thorax (6, 7). What
-    the official code (lib/dataset/mpii.py) prints as "Mean@0.1" is `PCKh@0.11` here.
+    there is none, ValueError. The mean is over all labelled joints but pelvis and thorax (6, 7).
+    What the official code (lib/dataset/mpii.py) prints as "Mean@0.1" is `PCKh@0.11` here.
     """
 
     def __init__(self, instances: list[Instance], **kwargs: Any):

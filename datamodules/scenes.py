@@ -6,11 +6,11 @@ pycocotools counts them (the pixels of columns x .. x + width - 1).
 """
 
 import csv
-import fcntl
 import json
 import multiprocessing
 import os
 import shutil
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -358,7 +358,10 @@ def write(
     except OSError as error:
         raise OSError(error.errno, f"cannot write scenes to {root}: {error.strerror}") from error
     with lock.open() as handle:
-        fcntl.flock(handle, fcntl.LOCK_EX)  # freed by the system even if this process is killed
+        if sys.platform != "win32":
+            import fcntl
+
+            fcntl.flock(handle, fcntl.LOCK_EX)  # freed by the system even if this process is killed
         if complete(root, split, count, seed, size):
             return
         part = root / f".{split}.part"
@@ -404,7 +407,8 @@ def _write_files(root: Path, split: str, count: int, seed: int, size: tuple[int,
     progress = partial(tqdm, total=count, desc=f"drawing {split}", unit="scene")
     workers = (os.cpu_count() or 1) if workers is None else workers
     if workers:
-        context = multiprocessing.get_context("spawn")  # safe beside threads and CUDA
+        # fork, where there is one: spawned processes would import the caller's whole program (torch: 10 s each) first.
+        context = multiprocessing.get_context("fork" if sys.platform == "linux" else "spawn")
         with context.Pool(min(workers, count), cv2.setNumThreads, (1,)) as pool:
             records = list(progress(pool.imap(store, range(count), chunksize=8)))
     else:

@@ -134,9 +134,7 @@ def load(module: nn.Module, source: InitFrom) -> Report:
                 report.loaded.append(key)
             else:
                 report.mismatched.append(f"{key} {tuple(value.shape)} for {tuple(own[key].shape)}")
-        elif source.part != "all" and not key.startswith(source.part + "."):
-            report.dropped.append(key)
-        elif finest_only and key.startswith(f"backbone.stage4.{last}.fuse_layers."):
+        elif (source.part != "all" and not key.startswith(source.part + ".")) or (finest_only and key.startswith(f"backbone.stage4.{last}.fuse_layers.")):
             report.dropped.append(key)
         else:
             report.unexpected.append(key)
