@@ -218,7 +218,7 @@ class KeypointData(DataModule):
         batch_size, workers, eval_batch_size: see `DataModule`.
 
     Attributes:
-        num_keypoints, keypoint_names, skeleton, flip_pairs: facts, there as soon as the module is constructed.
+        num_keypoints, keypoint_names, skeleton, flip_pairs, sigmas: facts, there as soon as the module is constructed.
     """
 
     def __init__(
@@ -239,6 +239,7 @@ class KeypointData(DataModule):
         self.keypoint_names = facts.names
         self.skeleton = facts.skeleton
         self.flip_pairs = facts.flip_pairs
+        self.sigmas = facts.sigmas
         self.size, self.padding, self.augmentation = (size[0], size[1]), padding, augmentation
         self.hidden, self.udp = hidden, udp
 

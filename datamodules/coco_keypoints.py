@@ -99,13 +99,14 @@ class CocoFile:
         if not chosen:
             there = [c.get("name") for c in categories]
             raise DataError(
-                f"{self.path}: no category {f'named {wanted!r} ' if wanted else ''}with a list `keypoints` among {there}; "
-                f"is this an instances file instead of a keypoint file?"
+                f"{self.path}: no category {f'named {wanted!r} ' if wanted else ''}with a list `keypoints` "
+                f"among {there}; is this an instances file instead of a keypoint file?"
             )
         lists = {tuple(c["keypoints"]) for c in chosen}
         if len(lists) > 1:
             raise DataError(
-                f"{self.path}: categories {[c['name'] for c in chosen]} have different keypoints; choose one by `category`"
+                f"{self.path}: categories {[c['name'] for c in chosen]} have different keypoints; "
+                f"choose one by `category`"
             )
         names = list(lists.pop())
         ids = [c["id"] for c in chosen]

@@ -26,7 +26,7 @@ def draw_keypoints(
         return (255, 255, 255)
 
     # Sub-pixel drawing: cv2 takes coordinates in sixteenths.
-    places = [tuple(int(round(float(v) * 16)) for v in point) for point in np.nan_to_num(keypoints)]
+    places = [tuple(round(float(v) * 16) for v in point) for point in np.nan_to_num(keypoints)]
     thickness = max(1, radius // 2)
     for a, b in facts.skeleton:
         if shown[a] and shown[b]:

@@ -67,7 +67,7 @@ def check_mpii(path: Path, images: Path, truth: Path | None = None) -> tuple[Rep
             raise DataError(f"{path}: not a list of persons")
     except DataError as error:
         report.add(f"no annotations: put {LABELS_FROM} there", str(error))
-    for name in sorted({str(p.get("image")) for p in persons}):
+    for name in sorted({str(p.get("image")) for p in persons}) if images.is_dir() else ["there is no such folder"]:
         if not (images / name).is_file():
             report.add(f"images that are not in {images}: put {IMAGES_FROM} there, or set `images`", name)
     for i, person in enumerate(persons):
@@ -162,20 +162,14 @@ class Mpii(KeypointData):
             self.files[split] = check_mpii(self.paths[split], self.images, self.ground_truth if official else None)
         return [self.files[split][0] for split in splits]
 
-    def setup(self, stage: str) -> None:
-        reports = self.check({"fit": ["train", "val"], "test": ["test"]}.get(stage, ["val"]))
+    def instances(self, split: str) -> list[Instance]:
+        reports = self.check(["train", "val"] if split == "train" else [split])  # before training, both at once
         faulty = [str(report) for report in reports if report.faults]
         if faulty:
             raise DataError("\n".join(faulty))
-        super().setup(stage)
-
-    def instances(self, split: str) -> list[Instance]:
-        (report,) = self.check([split])
-        if report.faults:
-            raise DataError(str(report))
+        report, persons, truth = self.files[split]
         for note in report.notes:
             rank_zero_warn(note)
-        _, persons, truth = self.files[split]
         numbers = {name: i + 1 for i, name in enumerate(dict.fromkeys(p["image"] for p in persons))}
         found = []
         for i, person in enumerate(persons):

@@ -178,7 +178,7 @@ def neighbours(maps: Tensor, place: Tensor, steps: list[tuple[int, int]]) -> lis
 
 
 def gaussian_blur(maps: Tensor, kernel: int) -> Tensor:
-    """`maps` `[B, K, h, w]` blurred with cv2's Gaussian of that kernel size (zeros outside), each keeping its maximum."""
+    """`maps` `[B, K, h, w]` under cv2's Gaussian of that kernel size (zeros outside), each keeping its maximum."""
     sigma = 0.3 * ((kernel - 1) * 0.5 - 1) + 0.8
     grid = torch.arange(kernel, device=maps.device, dtype=maps.dtype) - (kernel - 1) / 2
     taps = torch.exp(-(grid**2) / (2 * sigma**2))

@@ -1,7 +1,7 @@
 """Checkpoints of others, read into our modules: told by content, loaded safely, reported in full.
 
-Read so far: the official repositories' pose, classification and segmentation files, timm's, and our own. Their names are
-ours (see `hrnet.backbone`), so only wrappers and prefixes differ.
+Read so far: the official repositories' pose, classification and segmentation files, timm's, and our own. Their names
+are ours (see `hrnet.backbone`), so only wrappers and prefixes differ.
 """
 
 import pickle
@@ -134,7 +134,9 @@ def load(module: nn.Module, source: InitFrom) -> Report:
                 report.loaded.append(key)
             else:
                 report.mismatched.append(f"{key} {tuple(value.shape)} for {tuple(own[key].shape)}")
-        elif (source.part != "all" and not key.startswith(source.part + ".")) or (finest_only and key.startswith(f"backbone.stage4.{last}.fuse_layers.")):
+        elif source.part != "all" and not key.startswith(source.part + "."):
+            report.dropped.append(key)
+        elif finest_only and key.startswith(f"backbone.stage4.{last}.fuse_layers."):
             report.dropped.append(key)
         else:
             report.unexpected.append(key)

@@ -1,8 +1,11 @@
 """What a run leaves behind beside numbers: pictures, predictions, and a summary one can read."""
 
+import json
+from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
+import cv2
 import lightning as L
 import numpy as np
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint
@@ -48,6 +51,65 @@ class Pictures(Callback):
                 logger.log_image(key, [picture], step=trainer.global_step)
             elif isinstance(logger, TensorBoardLogger):
                 logger.experiment.add_image(key, np.ascontiguousarray(picture), trainer.global_step, dataformats="HWC")
+
+
+class Predictions(Callback):
+    """Writes what `predict` found: `predictions/results.json` (COCO results, with file names) and overlay pictures, or
+    one overlay video.
+
+    Args:
+        pictures: whether to draw overlays.
+    """
+
+    def __init__(self, pictures: bool = True) -> None:
+        self.pictures = pictures
+
+    def on_predict_start(self, trainer: L.Trainer, task: Any) -> None:
+        self.dataset = trainer.datamodule.datasets["predict"]  # type: ignore[attr-defined]
+        self.metric = task.collector(self.dataset.instances)
+
+    def on_predict_batch_end(
+        self, trainer: L.Trainer, task: Any, outputs: Any, batch: Any, index: int, loader: int = 0
+    ) -> None:
+        self.metric.update(outputs, batch)
+
+    def on_predict_end(self, trainer: L.Trainer, task: Any) -> None:
+        results = self.metric.results()
+        if not trainer.is_global_zero or trainer.log_dir is None:
+            return
+        folder = Path(trainer.log_dir) / "predictions"
+        folder.mkdir(parents=True, exist_ok=True)
+        first = {instance.image_id: instance for instance in reversed(self.dataset.instances)}
+        for item in results:
+            item["file_name"] = first[item["image_id"]].path
+        (folder / "results.json").write_text(json.dumps(results))
+        print(f"\n{len(results)} poses in {len(first)} images: {folder / 'results.json'}", flush=True)
+        if self.pictures:
+            self.draw(task, results, first, folder)
+
+    def draw(self, task: Any, results: list[dict[str, Any]], first: dict[int, Any], folder: Path) -> None:
+        """Overlays of every image, also of those without a pose; frames of a video as one video."""
+        found = defaultdict(list)
+        for item in results:
+            found[item["image_id"]].append(np.array(item["keypoints"]).reshape(-1, 3))
+        video, taken = None, set()
+        for image_id in sorted(first):
+            instance = first[image_id]
+            poses = np.array(found[image_id]).reshape(len(found[image_id]), -1, 3)
+            image = task.draw(self.dataset.read(instance), {"keypoints": poses[..., :2], "score": poses[..., 2]})
+            if "#" in instance.path:
+                if video is None:
+                    code, size = cv2.VideoWriter.fourcc(*"mp4v"), image.shape[1::-1]
+                    video = cv2.VideoWriter(str(folder / "overlay.mp4"), code, self.dataset.fps, size)
+                video.write(cv2.cvtColor(image, cv2.COLOR_RGB2BGR))
+                continue
+            name = Path(instance.path).stem
+            name = f"{name}_{image_id}" if name in taken else name  # two folders may hold the same file name
+            taken.add(name)
+            write_image(str(folder / f"{name}.jpg"), image)
+        if video is not None:
+            video.release()
+        print(f"overlays:   {folder}", flush=True)
 
 
 class Summary(Callback):

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 import yaml
 from lightning.pytorch.cli import LightningCLI, SaveConfigCallback
-from lightning.pytorch.loggers import CSVLogger, Logger
+from lightning.pytorch.loggers import CSVLogger, Logger, WandbLogger
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 
 import datamodules
@@ -73,10 +73,22 @@ class CLI(LightningCLI):
         others = [x for x in (given if isinstance(given, list) else [given]) if isinstance(x, Logger)]
         # First, so that the run's folder is its folder; metrics.csv is written always.
         kwargs["logger"] = [CSVLogger(config["default_root_dir"], name=self.task), *others]
+        if any(isinstance(x, WandbLogger) for x in others) and not wandb_account():
+            os.environ.setdefault("WANDB_MODE", "offline")
         if config["precision"] is None:
             # bf16, never fp16: HRNets are known to give NaN in it.
             kwargs["precision"] = "bf16-mixed" if torch.cuda.is_available() else "32-true"
         return super().instantiate_trainer(**kwargs)
+
+
+def wandb_account() -> bool:
+    """Whether Weights & Biases could log in without asking."""
+    try:
+        from wandb.sdk.lib import apikey
+
+        return bool(os.environ.get("WANDB_API_KEY") or apikey.api_key())
+    except Exception:  # no netrc, or another version's way of keeping it: then ask for nothing
+        return False
 
 
 def find_checkpoint(root: Path, which: str) -> Path:
@@ -120,7 +132,7 @@ def check_writable(folder: Path) -> None:
 
 
 def with_default_data(task: str, args: list[str]) -> list[str]:
-    """`args`, with the embedded data's (or, to predict, the pictures') configuration before them if they name no data."""
+    """`args` with the embedded data's configuration (to predict: the pictures') before them, if they name no data."""
     if not args or args[0].startswith("-") or any(a == "--data" or a.startswith("--data=") for a in args):
         return args
     configs = [b for a, b in zip(args, args[1:], strict=False) if a in ("-c", "--config")]

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from datamodules.base import Instance, KeypointDataset, Keypoints
 from datamodules.drawing import draw_keypoints, heatmap_overlay
+from datamodules.metrics import KeypointAP
 from datamodules.transforms import read_image
 from hrnet import PRESETS, HRNetConfig
 from hrnet.codecs import Heatmap
@@ -24,13 +25,19 @@ from tasks.base import Task
 from tasks.cli import main
 
 COCO = Keypoints(
-    names=["nose", "left_eye", "right_eye", "left_ear", "right_ear", "left_shoulder", "right_shoulder", "left_elbow", "right_elbow", "left_wrist", "right_wrist", "left_hip", "right_hip", "left_knee", "right_knee", "left_ankle", "right_ankle"],
+    names=[
+        *("nose", "left_eye", "right_eye", "left_ear", "right_ear", "left_shoulder", "right_shoulder", "left_elbow"),
+        *("right_elbow", "left_wrist", "right_wrist", "left_hip", "right_hip", "left_knee", "right_knee"),
+        *("left_ankle", "right_ankle"),
+    ],
     skeleton=[
         *([15, 13], [13, 11], [16, 14], [14, 12], [11, 12], [5, 11], [6, 12], [5, 6], [5, 7], [6, 8]),
         *([7, 9], [8, 10], [1, 2], [0, 1], [0, 2], [1, 3], [2, 4], [3, 5], [4, 6]),
     ],
     flip_pairs=[[i, i + 1] for i in range(1, 17, 2)],
+    sigmas=[0.026, *np.repeat([0.025, 0.035, 0.079, 0.072, 0.062, 0.107, 0.087, 0.089], 2).tolist()],
 )
+"""Taken where no data say otherwise: what a COCO checkpoint predicts."""
 
 
 class Pose(Task):
@@ -42,12 +49,12 @@ class Pose(Task):
         codec: how keypoints become heatmaps and come back.
         loss: of output, target `[B, K, h, w]` and weight `[B, K]`.
         flip_test: average with the mirrored image's output; evaluation only.
-        keypoint_names, skeleton, flip_pairs, num_keypoints: facts of the data (linked on the command line).
+        num_keypoints, keypoint_names, skeleton, flip_pairs, sigmas: facts of the data (linked on the command line).
         size, padding, udp: how the data crop boxes, so that a checkpoint knows what it was fed.
         init, optimizer, lr_scheduler, lr_interval, init_from, mean, std, channels_last: see `Task`.
     """
 
-    facts = ("num_keypoints", "keypoint_names", "skeleton", "flip_pairs", "size", "padding", "udp")
+    facts = ("num_keypoints", "keypoint_names", "skeleton", "flip_pairs", "sigmas", "size", "padding", "udp")
     """What the command line passes from the data to the task when fitting and evaluating..."""
     protocol = ("size", "padding", "udp")
     """...and from the task to the data when predicting."""
@@ -71,6 +78,7 @@ class Pose(Task):
         keypoint_names: list[str] = COCO.names,
         skeleton: list[list[int]] = COCO.skeleton,
         flip_pairs: list[list[int]] = COCO.flip_pairs,
+        sigmas: list[float] = COCO.sigmas,
         size: tuple[int, int] = (256, 192),
         padding: float = 1.25,
         udp: bool = False,
@@ -83,7 +91,7 @@ class Pose(Task):
         self.keep_hyperparameters(ignore=["flip_test"])
         self.head = head(self.backbone.channels, num_keypoints)
         self.codec, self.joint_loss, self.flip_test = codec, loss, flip_test
-        self.skeleton_facts = Keypoints(keypoint_names, skeleton, flip_pairs)
+        self.skeleton_facts = Keypoints(keypoint_names, skeleton, flip_pairs, sigmas)
         self.size, self.padding, self.udp = (size[0], size[1]), padding, udp
         index = torch.tensor(self.skeleton_facts.flip_index)
         self.register_buffer("flip_index", index, persistent=False)
@@ -102,6 +110,10 @@ class Pose(Task):
         keypoints, score = self.codec.decode(heatmap, batch["image"].shape[-2:])
         return {"keypoints": keypoints, "score": score, "heatmap": heatmap}
 
+    def collector(self, instances: list[Instance]) -> KeypointAP:
+        """What `predict` gathers its output in: `results()` are rescored, suppressed, and in image coordinates."""
+        return KeypointAP(instances, None, self.skeleton_facts.sigmas)
+
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         names = checkpoint.get("hyper_parameters", {}).get("keypoint_names")
         if names is not None and list(names) != self.skeleton_facts.names:
@@ -111,24 +123,22 @@ class Pose(Task):
             )
 
     @torch.inference_mode()
-    def infer(
-        self, images: str | Path | np.ndarray | Sequence[Any], boxes: Sequence[Any] | None = None
-    ) -> list[dict[str, np.ndarray]]:
+    def infer(self, images: str | Path | np.ndarray | Sequence[Any], boxes: Sequence[Any] | None = None) -> Any:
         """Keypoints of images, in their own coordinates.
 
         Args:
             images: a path or an RGB uint8 array `[H, W, 3]`, or a list of them.
-            boxes: for each image a list of boxes x, y, w, h in its pixels (for one image, its list of boxes); None takes
-                the whole image as one box.
+            boxes: for each image a list of boxes x, y, w, h in its pixels (for one image, its list of boxes); None
+                takes the whole image as one box.
 
         Returns:
-            For each image `keypoints` `[N, K, 2]`, `score` `[N, K]` and `boxes` `[N, 4]`.
+            `keypoints` `[N, K, 2]`, `score` `[N, K]` and `boxes` `[N, 4]`; for a list of images a list of these.
 
         Raises:
             DataError: if an image cannot be read.
         """
         if isinstance(images, str | Path | np.ndarray):
-            images, boxes = [images], None if boxes is None else [boxes]
+            return self.infer([images], None if boxes is None else [boxes])[0]
         results = []
         training = self.training
         self.eval()
@@ -156,8 +166,8 @@ class Pose(Task):
         return results
 
     def picture(self, batch: Any, prediction: dict[str, Tensor] | None, index: int) -> np.ndarray:
-        """Labels, prediction and the heatmaps' maximum on one input, side by side: RGB uint8 `[H, 3 W, 3]`; labels alone
-        without a prediction."""
+        """Labels, prediction and the heatmaps' maximum on one input, side by side: RGB uint8 `[H, 3 W, 3]`; without a
+        prediction the labels alone."""
         image = batch["image"][index].permute(1, 2, 0).cpu().numpy()
         truth = batch["keypoints"][index].float().cpu().numpy()
         shown = batch["visible"][index].cpu().numpy() > 0

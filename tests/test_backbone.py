@@ -139,13 +139,12 @@ def test_outputs_equal_timm(preset):
         taken |= own.keys()
     assert taken == state.keys()
     ours.eval()
-    image = torch.randn(2, 3, 64, 96, generator=torch.Generator().manual_seed(1))
+    image = torch.randn(1, 3, 64, 96, generator=torch.Generator().manual_seed(1))
+    expected = []
+    theirs.stage4.register_forward_hook(lambda module, inputs, output: expected.extend(output))
     with torch.no_grad():
-        stem = theirs.act2(theirs.bn2(theirs.conv2(theirs.act1(theirs.bn1(theirs.conv1(image))))))
-        expected = theirs.stages(stem)
         maps = ours["backbone"](image)
-        logits = ours["head"](maps)
-        assert relative(logits, theirs(image)) <= 1e-5
+        assert relative(ours["head"](maps), theirs(image)) <= 1e-5
     assert len(maps) == len(expected) == 4
     for ours_map, theirs_map in zip(maps, expected, strict=True):
         assert theirs_map.std() > 1e-3  # a comparison of zeros would show nothing
@@ -182,8 +181,8 @@ def small():
     return {mode: HRNet(HRNetConfig(**TINY, upsample=mode), 4).eval() for mode in ("nearest", "bilinear")}
 
 
-@settings(max_examples=40, deadline=None)
-@given(height=st.integers(32, 200), width=st.integers(32, 200), mode=st.sampled_from(["nearest", "bilinear"]))
+@settings(max_examples=30, deadline=None)
+@given(height=st.integers(32, 140), width=st.integers(32, 140), mode=st.sampled_from(["nearest", "bilinear"]))
 def test_any_size_from_32(small, height, width, mode):
     with torch.no_grad():
         maps = small[mode](torch.randn(1, 3, height, width))
@@ -348,7 +347,9 @@ def test_checkpointing_is_quiet_without_gradients():
         assert not net(torch.randn(1, 3, 32, 32))[0].requires_grad
 
 
-@pytest.mark.parametrize("block", [BasicBlock(8, 8), Bottleneck(8, 2), Bottleneck(6, 2)], ids=["basic", "bottle", "down"])
+@pytest.mark.parametrize(
+    "block", [BasicBlock(8, 8), Bottleneck(8, 2), Bottleneck(6, 2)], ids=["basic", "bottle", "down"]
+)
 def test_sums_are_not_rectified_in_place(block):
     block = randomise(block).double().eval()
     x = torch.randn(1, block.conv1.in_channels, 3, 3, dtype=torch.float64, requires_grad=True)

@@ -252,9 +252,9 @@ def test_results_follow_the_official_rescoring_and_suppression(seed):
     instances = make_instances(30, seed=seed, images=4)
     instances = twins([replace(i, score=0.9 - 0.01 * i.id) for i in instances])
     truth = ground_truth_of(instances[:30])
-    metric = KeypointAP(instances, truth, SIGMAS.tolist(), nms_threshold=0.5)
+    metric = KeypointAP(instances, truth, SIGMAS.tolist(), "oks", 0.5, score_threshold=0.25)
     prediction, batch = make_batch(instances, list(range(60)), noise=0.02, seed=seed)
-    prediction["score"][3] = 0.2  # not above the threshold: the pose scores 0
+    prediction["score"][3] = 0.25  # not above the threshold: the pose scores 0
     metric.update(prediction, batch)
     expected = []
     matrix = batch["to_image"].double().numpy()
@@ -265,7 +265,7 @@ def test_results_follow_the_official_rescoring_and_suppression(seed):
             if instance.image_id != image_id:
                 continue
             pose = [matrix[i] @ [x, y, 1] for x, y in points[i]]
-            good = [s for s in prediction["score"][i].tolist() if s > 0.2]
+            good = [s for s in prediction["score"][i].tolist() if s > 0.25]
             score = instance.score * (sum(good) / len(good) if good else 0)
             area = abs(np.linalg.det(matrix[i][:, :2])) * SIZE[0] * SIZE[1]
             people.append((pose, score, area, i))

@@ -1,0 +1,250 @@
+"""Pictures and videos to predict on: a folder, a pattern, files, a list of files, or a video."""
+
+import glob
+import os
+from collections import Counter
+from collections.abc import Sequence
+from copy import copy
+from pathlib import Path
+from typing import Any
+
+import cv2
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+from datamodules.base import Instance, KeypointData, KeypointDataset, Keypoints
+from datamodules.checks import Report
+from datamodules.coco_keypoints import read_json
+from datamodules.transforms import DataError, read_image
+
+IMAGES = {".bmp", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp"}
+VIDEOS = {".avi", ".mkv", ".mov", ".mp4", ".webm"}
+
+
+class Video:
+    """The frames of a video file: `video[i]` is RGB uint8 `[H, W, 3]`, `len(video)` their number.
+
+    Frames are found by decoding from the start, never by seeking, which misses in many files; so ask in rising order
+    (an earlier frame starts over). Every process opens the file for itself.
+
+    Attributes:
+        fps: frames a second, as the container says. size: (W, H) in pixels.
+
+    Raises:
+        DataError: naming the file if it cannot be decoded, or ends before its container says.
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = str(path)
+        self.open: dict[int, tuple[Any, int, Any]] = {}  # by process: the capture, its last frame's number, that frame
+        capture = self._capture()
+        self.fps = float(capture.get(cv2.CAP_PROP_FPS))
+        count = int(capture.get(cv2.CAP_PROP_FRAME_COUNT))
+        good, frame = capture.read()
+        if not good:
+            raise DataError(f"{path}: no frame of this video can be decoded; try ffmpeg -i IN OUT.mp4")
+        self.size = (frame.shape[1], frame.shape[0])
+        # The container's count is taken if its last frame is there and no other follows; Matroska's is a guess.
+        at_end = capture.set(cv2.CAP_PROP_POS_FRAMES, count - 1) and capture.grab() and not capture.grab()
+        if Path(path).suffix.lower() in (".mkv", ".webm") or count < 1 or not at_end:
+            capture, count = self._capture(), 0
+            while capture.grab():
+                count += 1
+        self.count = count
+
+    def _capture(self) -> cv2.VideoCapture:
+        capture = cv2.VideoCapture(self.path)
+        if not capture.isOpened():
+            raise DataError(f"{self.path}: no video that OpenCV can open; is it cut off? Try ffmpeg -i IN OUT.mp4")
+        return capture
+
+    def __len__(self) -> int:
+        return self.count
+
+    def __getitem__(self, index: int) -> NDArray[np.uint8]:
+        if not 0 <= index < self.count:
+            raise IndexError(f"{self.path} has {self.count} frames, none of number {index}")
+        # A forked process leaves its parent's capture alone: they share the file position and its threads are not here.
+        capture, at, frame = self.open.pop(os.getpid(), (None, -1, None))
+        if capture is None or at > index:
+            capture, at = self._capture(), -1
+        if at < index:
+            while at < index and capture.grab():
+                at += 1
+            good, frame = capture.retrieve() if at == index else (False, None)
+            if not good:
+                raise DataError(
+                    f"{self.path}#{index}: cannot be decoded, though the file says it has {self.count} frames; "
+                    "is it damaged? Try ffmpeg -i IN OUT.mp4"
+                )
+            frame = cv2.cvtColor(frame, cv2.COLOR_BGR2RGB)
+        self.open[os.getpid()] = (capture, at, frame)
+        return frame
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"open": {}}
+
+
+class FrameDataset(KeypointDataset):
+    """Crops of the frames of `video`."""
+
+    def __init__(self, video: Video, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.video = video
+
+    def read(self, instance: Instance) -> np.ndarray:
+        return self.video[int(instance.path.rsplit("#", 1)[1])]
+
+
+class Images(KeypointData):
+    """Images or a video without labels, to predict on; `datasets["predict"]` is there after `setup("predict")`.
+
+    An image's id is the number that its file name consists of, if all do and differ (000000000785.jpg), else its place
+    from 1 in sorted order; of a video the frame's number from 0. Every worker decodes a whole video: take one or two.
+
+    Args:
+        path: a folder (with all below it), a pattern (*.jpg), an image, a text file of images one a line (starting from
+            its folder or the working directory), several of these, or one video file.
+        boxes: what to crop: JSON list of objects with `bbox` (x, y, w, h in pixels), `image_id` or `file_name`, and
+            optionally `score` (else 1) and `category_id`, as COCO results are; None takes whole images.
+        box_threshold: least score of those boxes.
+        category_id: the category to take of boxes that have one; None takes all.
+        **kwargs: see `KeypointData`.
+
+    Raises:
+        DataError: at `setup`, if there is nothing to predict on or the boxes do not fit; a broken image when reached.
+    """
+
+    def __init__(
+        self,
+        path: str | list[str],
+        boxes: str | None = None,
+        box_threshold: float = 0.0,
+        category_id: int | None = 1,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(Keypoints(names=[]), **kwargs)
+        self.path, self.boxes, self.box_threshold, self.category_id = path, boxes, box_threshold, category_id
+        self.files: dict[int, Path] = {}
+        self.names: dict[int, str] = {}
+        self.video: Video | None = None
+
+    def setup(self, stage: str) -> None:
+        if stage != "predict":
+            raise DataError(f"{self.path}: Images has no labels, so there is nothing to {stage}; use it with predict")
+        if "predict" not in self.datasets:
+            self._find()
+            self.datasets["predict"] = self.dataset(self.instances("predict"))
+
+    def _find(self) -> None:
+        paths = [self.path] if isinstance(self.path, str) else self.path
+        files = sorted({file: None for path in paths for file in _files(path)})
+        if not files:
+            raise DataError(f"{self.path}: no image found (of {', '.join(sorted(IMAGES))}); a video is given by itself")
+        if any(file.suffix.lower() in VIDEOS for file in files):
+            if len(files) > 1:
+                raise DataError(f"{self.path}: a video goes alone; predict on one after the other")
+            self.video = Video(files[0])
+            self.files = dict.fromkeys(range(len(self.video)), files[0])
+            self.names = {i: f"frame_{i:06d}" for i in self.files}
+            return
+        folder = Path(paths[0]).expanduser()
+        if len(paths) > 1 or not folder.is_dir():
+            folder = Path(os.path.commonpath([os.path.abspath(file.parent) for file in files]))
+        numbers = [int(file.stem) for file in files if file.stem.isascii() and file.stem.isdecimal()]
+        if len(set(numbers)) < len(files):
+            numbers = list(range(1, len(files) + 1))
+        self.files = dict(zip(numbers, files, strict=True))
+        self.names = {i: Path(os.path.relpath(file, folder)).as_posix() for i, file in self.files.items()}
+
+    def image(self, image_id: int) -> NDArray[np.uint8]:
+        """RGB `[H, W, 3]` of an image or a frame, the caller's own. Raises KeyError for an unknown id."""
+        if self.video is not None and image_id in self.files:
+            return self.video[image_id].copy()
+        return read_image(self.files[image_id])
+
+    def name(self, image_id: int) -> str:  # type: ignore[override]  # Lightning's attribute of this name is unused
+        """The file's name, relative to the folder given or common to all; frame_000012 of a video."""
+        return self.names[image_id]
+
+    def dataset(self, instances: Sequence[Instance], train: bool = False) -> KeypointDataset:
+        if self.video is None:
+            return super().dataset(instances, train)
+        # A copy reads for itself: with one capture, `image` would throw the loader back to the first frame.
+        return FrameDataset(copy(self.video), instances, self.facts, self.size, padding=self.padding, udp=self.udp)
+
+    def instances(self, split: str) -> list[Instance]:
+        if self.boxes is not None:
+            return self._boxed(Path(self.boxes))
+        return [self._instance(i, [0, 0, *self._size(i)]) for i in self.files]
+
+    def _size(self, image_id: int) -> tuple[int, int]:
+        """(W, H), of an image from its header where Pillow knows the format."""
+        if self.video is not None:
+            return self.video.size
+        try:
+            with Image.open(self.files[image_id]) as image:
+                return image.size
+        except Exception:  # whatever is wrong, read_image says it better
+            height, width = read_image(self.files[image_id]).shape[:2]
+            return width, height
+
+    def _instance(self, image_id: int, box: Sequence[float], **given: Any) -> Instance:
+        path = str(self.files[image_id]) + (f"#{image_id}" if self.video else "")
+        area, nothing = float(box[2] * box[3]), np.zeros((0, 2))
+        return Instance(path, image_id, np.array(box, dtype=np.float64), nothing, nothing[:, 0], area=area, **given)
+
+    def _boxed(self, path: Path) -> list[Instance]:
+        items = read_json(path)
+        if not isinstance(items, list) or not all(isinstance(item, dict) and "bbox" in item for item in items):
+            raise DataError(f"{path}: a box file is a list of objects with bbox, score, and image_id or file_name")
+        ids = {name: i for i, name in self.names.items()}
+        bases = Counter(Path(name).name for name in ids)
+        ids |= {Path(name).name: i for name, i in ids.items() if bases[Path(name).name] == 1}
+        report, found = Report(path), []
+        for number, item in enumerate(items):
+            record = f"item {number}: {str(item)[:100]}"
+            try:
+                x, y, w, h, score = (float(v) for v in [*item["bbox"], item.get("score", 1.0)])
+            except (TypeError, ValueError):
+                x = y = w = h = score = float("nan")
+            if not np.isfinite([x, y, w, h, score]).all() or w <= 0 or h <= 0:
+                report.add("boxes that are not x, y, width, height (in pixels, with an area) and a score", record)
+                continue
+            category = item.get("category_id", self.category_id)
+            if score < self.box_threshold or (self.category_id is not None and category != self.category_id):
+                continue
+            image_id = ids.get(str(item["file_name"])) if "file_name" in item else item.get("image_id")
+            if not isinstance(image_id, int) or image_id not in self.files:
+                report.add(f"boxes of images that are not in {self.path}: give the images they were made on", record)
+                continue
+            category = 1 if category is None else category
+            found.append(self._instance(image_id, [x, y, w, h], id=number, score=score, category_id=category))
+        if report.faults:
+            raise DataError(str(report))
+        if not found:
+            raise DataError(
+                f"{path}: none of its {len(items)} boxes is left; lower box_threshold ({self.box_threshold}) or "
+                f"change category_id ({self.category_id})"
+            )
+        return sorted(found, key=lambda instance: instance.image_id)  # a video is read in order
+
+
+def _files(path: str) -> list[Path]:
+    """The image files, or the one video, that `path` stands for."""
+    place = Path(path).expanduser()
+    if place.is_dir():
+        return [p for p in place.rglob("*") if p.suffix.lower() in IMAGES and p.name[0] != "." and p.is_file()]
+    if place.is_file() and place.suffix.lower() != ".txt":
+        return [place]
+    if place.is_file():
+        lines = [line.strip() for line in place.read_text(errors="replace").splitlines() if line.strip()]
+        listed = [next((p for p in (place.parent / line, Path(line)) if p.is_file()), None) for line in lines]
+        missing = [line for line, file in zip(lines, listed, strict=True) if file is None]
+        if missing:
+            raise DataError(f"{path}: {len(missing)} of {len(lines)} images listed do not exist, first {missing[0]}")
+        return [file for file in listed if file is not None]
+    if glob.has_magic(path):
+        return [p for p in map(Path, glob.glob(str(place), recursive=True)) if p.suffix.lower() in IMAGES]
+    raise DataError(f"{path}: does not exist; give a folder, a pattern, an image, a .txt list of images or a video")
