@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
-from torchmetrics import Metric
+from torchmetrics import Metric, MetricCollection
 
 from datamodules.transforms import (
     Array,
@@ -247,7 +247,7 @@ class KeypointData(DataModule):
         """Instances of "train", "val" or "test"; a subclass says where from."""
         raise NotImplementedError
 
-    def metric(self, split: str = "val") -> Metric:
+    def metric(self, split: str = "val") -> Metric | MetricCollection:
         """A fresh metric of the data set's own protocol: `update(prediction, batch)`, `compute() -> dict`."""
         raise NotImplementedError
 

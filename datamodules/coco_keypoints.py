@@ -3,6 +3,7 @@
 `python -m datamodules.coco_keypoints check ANNOTATIONS IMAGES` refuses, before training, what would give a silent zero.
 """
 
+import argparse
 import json
 import re
 from collections import Counter
@@ -14,8 +15,9 @@ import numpy as np
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from torchmetrics import Metric, MetricCollection
 
-from datamodules.base import Instance, KeypointData, Keypoints
+from datamodules.base import Instance, KeypointData, KeypointDataset, Keypoints
 from datamodules.checks import check_keypoints
+from datamodules.drawing import draw_keypoints, grid, write_image
 from datamodules.metrics import KeypointAP, KeypointError
 from datamodules.transforms import DataError
 
@@ -320,11 +322,57 @@ class CocoKeypoints(KeypointData):
                 instance.norm = length if both and length > 0 else float("nan")
         return found
 
-    def metric(self, split: str = "val") -> Metric:
+    def metric(self, split: str = "val") -> Metric | MetricCollection:
         instances = self.datasets[split].instances  # type: ignore[attr-defined]
+        file = self.file(split)
+        labels = [a for a in file.content["annotations"] if a["category_id"] in file.categories]
         ap = KeypointAP(
-            instances, self.file(split).content, self.facts.sigmas, nms=self.nms, nms_threshold=self.nms_threshold
+            instances,
+            file.content | {"annotations": labels},
+            self.facts.sigmas,
+            nms=self.nms,
+            nms_threshold=self.nms_threshold,
         )
         if self.boxes is not None:
             return ap
         return MetricCollection({"ap": ap, "error": KeypointError(instances)}, compute_groups=False)
+
+
+def main() -> None:
+    """`check`: report every fault of a keypoint file and draw its first crops as a network would see them."""
+    parser = argparse.ArgumentParser(prog="python -m datamodules.coco_keypoints", description=main.__doc__)
+    check = parser.add_subparsers(required=True).add_parser("check")
+    check.add_argument("annotations", help="keypoint file in COCO's format")
+    check.add_argument("images", help="folder of its images")
+    check.add_argument("--boxes", help="a detector's boxes for it (COCO-results JSON)")
+    check.add_argument("--category", help="the category to take, where several have different keypoints")
+    check.add_argument("--draw", default="check.jpg", help="picture of the first crops (default: %(default)s)")
+    args = parser.parse_args()
+    try:
+        file = CocoFile(args.annotations, args.images, args.category)
+        report = check_keypoints(file.content, file.path, file.images, file.facts, file.categories, decode=True)
+        print(report)
+        if report.faults:
+            raise SystemExit(1)
+        instances = file.instances()
+        names = file.facts.names
+        print(f"{len(instances)} instances in {len({i.image_id for i in instances})} images, {len(names)} keypoints:")
+        for i, (name, sigma) in enumerate(zip(names, file.facts.sigmas, strict=True)):
+            partner = names[file.facts.flip_index[i]]
+            print(f"  {i:3d} {name}  sigma {sigma}" + (f"  mirrors to {partner}" if partner != name else ""))
+        if args.boxes:
+            print(f"{len(file.detections(args.boxes))} boxes of {args.boxes} fit")
+        dataset = KeypointDataset(instances, file.facts, (256, 192))
+        pictures = []
+        for sample in (dataset[i] for i in range(min(8, len(dataset)))):
+            image = np.asarray(sample["image"]).transpose(1, 2, 0)
+            shown = np.asarray(sample["visible"]) > 0
+            pictures.append(draw_keypoints(image, np.asarray(sample["keypoints"]), shown, file.facts))
+        write_image(args.draw, grid(pictures, columns=4))
+        print(f"left is drawn warm, right cold, as labelled: {args.draw}")
+    except (DataError, OSError) as error:
+        raise SystemExit(f"{type(error).__name__}: {error}") from None
+
+
+if __name__ == "__main__":
+    main()

@@ -72,13 +72,13 @@ class Video:
         if at < index:
             while at < index and capture.grab():
                 at += 1
-            good, frame = capture.retrieve() if at == index else (False, None)
-            if not good:
+            good, decoded = capture.retrieve() if at == index else (False, None)
+            if not good or decoded is None:
                 raise DataError(
                     f"{self.path}#{index}: cannot be decoded, though the file says it has {self.count} frames; "
                     "is it damaged? Try ffmpeg -i IN OUT.mp4"
                 )
-            frame = cv2.cvtColor(frame, cv2.COLOR_BGR2RGB)
+            frame = cv2.cvtColor(decoded, cv2.COLOR_BGR2RGB)
         self.open[os.getpid()] = (capture, at, frame)
         return frame
 
@@ -101,7 +101,7 @@ class Images(KeypointData):
     """Images or a video without labels, to predict on; `datasets["predict"]` is there after `setup("predict")`.
 
     An image's id is the number that its file name consists of, if all do and differ (000000000785.jpg), else its place
-    from 1 in sorted order; of a video the frame's number from 0. Every worker decodes a whole video: take one or two.
+    from 1 in sorted order; of a video the frame's number from 0. A video has one worker at most.
 
     Args:
         path: a folder (with all below it), a pattern (*.jpg), an image, a text file of images one a line (starting from
@@ -139,19 +139,20 @@ class Images(KeypointData):
 
     def _find(self) -> None:
         paths = [self.path] if isinstance(self.path, str) else self.path
-        files = sorted({file: None for path in paths for file in _files(path)})
+        files = sorted({Path(os.path.abspath(file)) for path in paths for file in _files(path)})
         if not files:
             raise DataError(f"{self.path}: no image found (of {', '.join(sorted(IMAGES))}); a video is given by itself")
         if any(file.suffix.lower() in VIDEOS for file in files):
             if len(files) > 1:
                 raise DataError(f"{self.path}: a video goes alone; predict on one after the other")
             self.video = Video(files[0])
+            self.workers = min(self.workers, 1)  # every worker would decode the whole: four are half as fast as one
             self.files = dict.fromkeys(range(len(self.video)), files[0])
             self.names = {i: f"frame_{i:06d}" for i in self.files}
             return
         folder = Path(paths[0]).expanduser()
         if len(paths) > 1 or not folder.is_dir():
-            folder = Path(os.path.commonpath([os.path.abspath(file.parent) for file in files]))
+            folder = Path(os.path.commonpath([file.parent for file in files]))
         numbers = [int(file.stem) for file in files if file.stem.isascii() and file.stem.isdecimal()]
         if len(set(numbers)) < len(files):
             numbers = list(range(1, len(files) + 1))

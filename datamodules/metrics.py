@@ -272,8 +272,8 @@ class PCKh(_Samples):
 
 class KeypointError(_Samples):
     """Distances between prediction and label, for data without a benchmark of their own.
-    thresholds: of PCK, as parts of the norm, which is `Instance.norm` in pixels, or, where that is
-    nan or 0, the longer side of the box, as is usual for PCK.
+    thresholds: of PCK, as parts of `Instance.norm` (pixels); instances without a norm (nan) count
+        in MAE and RMSE only.
     """
 
     def __init__(self, instances: list[Instance], thresholds: Any = (0.2,), **kwargs: Any):
@@ -287,10 +287,11 @@ class KeypointError(_Samples):
         distance / norm <= t, in [0, 1]. NME: mean over samples of the sample's mean distance /
         norm, a fraction; papers on faces print it times 100."""
         instances, distance, visible = self._errors()
-        norm = np.array([i.norm if i.norm > 0 else max(i.box[2:]) for i in instances])
+        norm = np.array([i.norm if i.norm > 0 else float("nan") for i in instances])
         relative = distance / norm[:, None]
-        sample = [r[v].mean() for r, v in zip(relative, visible, strict=True) if v.any()]
-        values = {f"PCK@{t:g}": _mean(relative[visible] <= t) for t in self.thresholds}
+        known = visible & np.isfinite(relative)
+        sample = [r[v].mean() for r, v in zip(relative, known, strict=True) if v.any()]
+        values = {f"PCK@{t:g}": _mean(relative[known] <= t) for t in self.thresholds}
         values |= {"MAE": _mean(distance[visible]), "NME": _mean(np.array(sample))}
         values["RMSE"] = math.sqrt(_mean(distance[visible] ** 2))
         return self._report(values)

@@ -56,7 +56,7 @@ class Rendered(KeypointData):
     def instances(self, split: str) -> list[Instance]:
         return self.file("val" if split == "test" else split).instances()
 
-    def metric(self, split: str = "val") -> Metric:
+    def metric(self, split: str = "val") -> Metric | MetricCollection:
         instances = self.datasets[split].instances  # type: ignore[attr-defined]
         ap = KeypointAP(instances, self.file("val").content, self.facts.sigmas)
         return MetricCollection({"ap": ap, "error": KeypointError(instances)}, compute_groups=False)

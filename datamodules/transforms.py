@@ -2,12 +2,13 @@
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import cv2
 import numpy as np
 from numpy.typing import NDArray
 
-Array = NDArray[np.float64]
+Array = NDArray[Any]
 
 cv2.setNumThreads(0)  # loader workers are the parallelism; OpenCV's own threads only fight them
 
@@ -16,7 +17,7 @@ class DataError(ValueError):
     """Data that cannot be used; the message names the file, the record and the remedy."""
 
 
-def read_image(path: str | Path) -> NDArray[np.uint8]:
+def read_image(path: str | Path) -> Array:
     """RGB `[H, W, 3]` of an image file, EXIF orientation ignored (labels are made on the stored pixels).
 
     Raises:
@@ -114,7 +115,7 @@ def invert(matrix: Array) -> Array:
     return cv2.invertAffineTransform(np.asarray(matrix, dtype=np.float64))
 
 
-def warp(image: NDArray[np.uint8], matrix: Array, size: tuple[int, int]) -> NDArray[np.uint8]:
+def warp(image: Array, matrix: Array, size: tuple[int, int]) -> Array:
     """The crop of `size` (H, W): bilinear, black outside the image."""
     return cv2.warpAffine(image, matrix, (size[1], size[0]), flags=cv2.INTER_LINEAR)
 

@@ -4,6 +4,7 @@ Parameter names and initialisation are those of the official repositories, so th
 load without renaming.
 """
 
+import functools
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
@@ -166,13 +167,13 @@ class Module(nn.Module):
             return maps
         fused = []
         for target, paths in enumerate(self.fuse_layers):
-            total = None
-            for source, (path, x) in enumerate(zip(paths, maps, strict=True)):
-                y = path(x)
+            parts = []
+            for source, x in enumerate(maps):
+                y = paths[source](x)  # type: ignore[index]
                 if source > target:
                     y = self._resize(y, 2 ** (source - target), maps[target].shape[-2:])
-                total = y if total is None else total + y
-            fused.append(F.relu(total))
+                parts.append(y)
+            fused.append(F.relu(functools.reduce(torch.add, parts)))
         return fused
 
     def _resize(self, x: Tensor, factor: int, size: torch.Size) -> Tensor:

@@ -8,7 +8,7 @@ import pickle
 from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -80,6 +80,7 @@ def read(path: str | Path) -> dict[str, Tensor]:
     path = Path(path)
     if not path.is_file():
         raise WeightsError(f"{path}: no such checkpoint; init_from wants a file's path")
+    content: Any
     try:
         if path.suffix == ".safetensors":
             from safetensors.torch import load_file

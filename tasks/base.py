@@ -32,6 +32,9 @@ class Task(L.LightningModule):
         channels_last: memory format; faster on GPUs with tensor cores and on most CPUs.
     """
 
+    mean: Tensor
+    std: Tensor
+
     def __init__(
         self,
         backbone: HRNetConfig | str | Mapping[str, Any],
@@ -114,7 +117,8 @@ class Task(L.LightningModule):
         total = torch.stack(list(losses.values())).sum()
         self.log(f"{split}/loss", total, batch_size=len(batch["image"]), sync_dist=True)
         prediction = self.predict(features, batch)
-        self.metrics[split].update(prediction, batch)
+        metric: Any = self.metrics[split]
+        metric.update(prediction, batch)
         return prediction
 
     def on_validation_epoch_end(self) -> None:
@@ -135,7 +139,7 @@ class Task(L.LightningModule):
     def setup(self, stage: str) -> None:
         if self.channels_last:
             self.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-        data = getattr(self.trainer, "datamodule", None)
+        data: Any = self.trainer.datamodule  # type: ignore[attr-defined]
         for split in {"fit": ["val"], "validate": ["val"], "test": ["test"]}.get(stage, []):
             self.metrics[split] = data.metric(split)
         if self.init_from is not None and self.trainer.ckpt_path is None:

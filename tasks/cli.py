@@ -5,6 +5,7 @@ import os
 import pkgutil
 import sys
 import tempfile
+from netrc import NetrcParseError, netrc
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +36,8 @@ class SaveConfig(SaveConfigCallback):
 
 class CLI(LightningCLI):
     """LightningCLI with the data's facts linked to the task, a run folder, and `--ckpt_path last|best` across runs."""
+
+    model_class: Any
 
     def _prepare_subcommand_parser(self, klass: type, subcommand: str, **kwargs: Any) -> Any:
         self.preparing = subcommand  # the links depend on it
@@ -84,10 +87,8 @@ class CLI(LightningCLI):
 def wandb_account() -> bool:
     """Whether Weights & Biases could log in without asking."""
     try:
-        from wandb.sdk.lib import apikey
-
-        return bool(os.environ.get("WANDB_API_KEY") or apikey.api_key())
-    except Exception:  # no netrc, or another version's way of keeping it: then ask for nothing
+        return "WANDB_API_KEY" in os.environ or netrc().authenticators("api.wandb.ai") is not None
+    except (OSError, NetrcParseError):
         return False
 
 

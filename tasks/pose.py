@@ -59,6 +59,8 @@ class Pose(Task):
     protocol = ("size", "padding", "udp")
     """...and from the task to the data when predicting."""
 
+    flip_index: Tensor
+
     def __init__(
         self,
         backbone: HRNetConfig | str = PRESETS["w32"],

@@ -39,7 +39,8 @@ def test_arrows(path):
         assert names & rooms <= ALLOWED[folder]
     assert not names & FOREIGN
     calls = {n.func.attr for n in ast.walk(tree) if isinstance(n, ast.Call) and isinstance(n.func, ast.Attribute)}
-    assert "cuda" not in calls, "say .to(device)"
+    if folder in ALLOWED:
+        assert "cuda" not in calls, "say .to(device)"
 
 
 def test_every_room_is_looked_into():
