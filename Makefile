@@ -5,7 +5,7 @@ PY := .venv/bin/python
 .PHONY: demo test lint smoke-configs doctor clean
 
 demo: .venv/done  ## learn human pose from drawn scenes: a few minutes on a laptop's CPU
-	$(PY) -m tasks.pose fit -c configs/pose/demo.yaml
+	$(PY) -m tasks.pose fit
 
 test: .venv/done  ## the whole suite, with coverage of the three packages
 	$(PY) -m pytest -n 2 --cov=hrnet --cov=tasks --cov=datamodules --cov-report=term

@@ -222,9 +222,8 @@ def sigmas_of(names: Sequence[str]) -> list[float]:
     found = [next((s for part, s in SIGMAS.items() if part in name.lower()), None) for name in names]
     unknown = [name for name, s in zip(names, found, strict=True) if s is None]
     if unknown:
-        rank_zero_info(
-            f"OKS sigma 0.05 taken for {', '.join(unknown)}; give `sigmas` for numbers to compare with others"
-        )
+        shown = ", ".join(unknown[:6]) + (f" and {len(unknown) - 6} more" if len(unknown) > 6 else "")
+        rank_zero_info(f"OKS sigma 0.05 taken for {shown}; give `sigmas` for numbers to compare with others")
     return [0.05 if s is None else s for s in found]
 
 
@@ -325,14 +324,9 @@ class CocoKeypoints(KeypointData):
     def metric(self, split: str = "val") -> Metric | MetricCollection:
         instances = self.datasets[split].instances  # type: ignore[attr-defined]
         file = self.file(split)
-        labels = [a for a in file.content["annotations"] if a["category_id"] in file.categories]
-        ap = KeypointAP(
-            instances,
-            file.content | {"annotations": labels},
-            self.facts.sigmas,
-            nms=self.nms,
-            nms_threshold=self.nms_threshold,
-        )
+        taken = [a for a in file.content["annotations"] if a["category_id"] in file.categories]
+        truth = file.content | {"annotations": taken}
+        ap = KeypointAP(instances, truth, self.facts.sigmas, nms=self.nms, nms_threshold=self.nms_threshold)
         if self.boxes is not None:
             return ap
         return MetricCollection({"ap": ap, "error": KeypointError(instances)}, compute_groups=False)

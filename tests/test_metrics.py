@@ -452,15 +452,20 @@ def test_threshold_itself_is_right():
     assert numbers(error) == {"RMSE": 8, "MAE": 8, "NME": 0.5, "PCK@0.49": 0, "PCK@0.5": 1}
 
 
-@pytest.mark.parametrize("norm", [True, False])
-def test_distances_are_those_of_plain_loops(norm):
-    instances = make_instances(30, 5, norm=norm)
+def test_without_a_norm_only_pixels_are_told():
+    instances = make_instances(4, 5, norm=False)
+    values = numbers(fill(KeypointError(instances), range(4)))
+    assert {k for k, v in values.items() if math.isnan(v)} == {"PCK@0.2", "NME"}
+
+
+def test_distances_are_those_of_plain_loops():
+    instances = make_instances(30, 5, norm=True)
     metric = KeypointError(instances, thresholds=[0.05, 0.2])
     prediction, batch = make_batch(instances, list(range(30)), noise=0.1)
     metric.update(prediction, batch)
     distances, relative, means = [], [], []
     for pose, instance in zip(in_image(prediction, batch), instances, strict=True):
-        length = instance.norm if norm else max(instance.box[2], instance.box[3])
+        length = instance.norm
         found = [math.dist(pose[j], instance.keypoints[j]) for j in range(5) if instance.visible[j]]
         distances += found
         relative += [d / length for d in found]

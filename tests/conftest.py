@@ -1,0 +1,81 @@
+"""What several tests share: a few drawn scenes, and the command line called in this process."""
+
+import os
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from datamodules import scenes
+from datamodules.rendered import Rendered
+from tasks.cli import main
+from tasks.pose import Pose
+
+if "PYTEST_XDIST_WORKER" in os.environ:
+    torch.set_num_threads(1)  # the workers are the parallelism
+
+TRAIN, VAL = 12, 6
+
+
+@pytest.fixture(scope="session")
+def cache(tmp_path_factory):
+    """Root of a cache that `Rendered(root, train=TRAIN, val=VAL)` finds complete."""
+    data = Rendered(str(tmp_path_factory.mktemp("rendered")), TRAIN, VAL)
+    for seed, (split, count) in enumerate(data.counts.items()):
+        scenes.write(data.folder, split, count, seed, data.scene, workers=0)
+    return data.root
+
+
+@pytest.fixture(scope="session")
+def rendered(cache):
+    """A data module of these scenes, set up to fit and to test: small crops, no augmentation."""
+    from datamodules.transforms import PoseAugmentation
+
+    plain = PoseAugmentation(scale=0, rotation=0, flip=0, half_body=0)
+    data = Rendered(str(cache), TRAIN, VAL, size=(64, 48), augmentation=plain, batch_size=4, workers=0)
+    data.setup("fit")
+    data.setup("test")
+    return data
+
+
+@pytest.fixture(scope="session")
+def small(cache):
+    """Options that make the embedded run a matter of seconds."""
+    options = {
+        "data.root": cache,
+        "data.train": TRAIN,
+        "data.val": VAL,
+        "data.size": "[64,48]",
+        "data.batch_size": 4,
+        "data.workers": 0,
+        "trainer.enable_progress_bar": "false",
+        "trainer.enable_model_summary": "false",
+        "trainer.accelerator": "cpu",
+    }
+    return [f"--{key}={value}" for key, value in options.items()]
+
+
+class Run:
+    """What a call of the command line has left."""
+
+    def __init__(self, cli):
+        self.cli, self.trainer, self.model = cli, cli.trainer, cli.model
+        self.folder = Path(cli.trainer.log_dir)
+        self.numbers = {k: float(v) for k, v in cli.trainer.callback_metrics.items()}
+
+
+def call(folder, *args):
+    """Run the pose command line in this process, with `folder` as working directory and its runs below it."""
+    before, where = list(sys.argv), Path.cwd()
+    try:
+        os.chdir(folder)
+        return Run(main(Pose, args=[str(a) for a in args]))
+    finally:
+        os.chdir(where)
+        sys.argv[:] = before
+
+
+@pytest.fixture(scope="session")
+def cli():
+    return call
