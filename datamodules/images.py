@@ -8,8 +8,8 @@ from copy import copy
 from pathlib import Path
 from typing import Any
 
-import cv2
 import numpy as np
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from numpy.typing import NDArray
 from PIL import Image
 
@@ -17,73 +17,10 @@ from datamodules.base import Instance, KeypointData, KeypointDataset, Keypoints
 from datamodules.checks import Report
 from datamodules.coco_keypoints import read_json
 from datamodules.transforms import DataError, read_image
+from datamodules.video import Video
 
 IMAGES = {".bmp", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp"}
 VIDEOS = {".avi", ".mkv", ".mov", ".mp4", ".webm"}
-
-
-class Video:
-    """The frames of a video file: `video[i]` is RGB uint8 `[H, W, 3]`, `len(video)` their number.
-
-    Frames are found by decoding from the start, never by seeking, which misses in many files; so ask in rising order
-    (an earlier frame starts over). Every process opens the file for itself.
-
-    Attributes:
-        fps: frames a second, as the container says. size: (W, H) in pixels.
-
-    Raises:
-        DataError: naming the file if it cannot be decoded, or ends before its container says.
-    """
-
-    def __init__(self, path: str | Path) -> None:
-        self.path = str(path)
-        self.open: dict[int, tuple[Any, int, Any]] = {}  # by process: the capture, its last frame's number, that frame
-        capture = self._capture()
-        self.fps = float(capture.get(cv2.CAP_PROP_FPS))
-        count = int(capture.get(cv2.CAP_PROP_FRAME_COUNT))
-        good, frame = capture.read()
-        if not good:
-            raise DataError(f"{path}: no frame of this video can be decoded; try ffmpeg -i IN OUT.mp4")
-        self.size = (frame.shape[1], frame.shape[0])
-        # The container's count is taken if its last frame is there and no other follows; Matroska's is a guess.
-        at_end = capture.set(cv2.CAP_PROP_POS_FRAMES, count - 1) and capture.grab() and not capture.grab()
-        if Path(path).suffix.lower() in (".mkv", ".webm") or count < 1 or not at_end:
-            capture, count = self._capture(), 0
-            while capture.grab():
-                count += 1
-        self.count = count
-
-    def _capture(self) -> cv2.VideoCapture:
-        capture = cv2.VideoCapture(self.path)
-        if not capture.isOpened():
-            raise DataError(f"{self.path}: no video that OpenCV can open; is it cut off? Try ffmpeg -i IN OUT.mp4")
-        return capture
-
-    def __len__(self) -> int:
-        return self.count
-
-    def __getitem__(self, index: int) -> NDArray[np.uint8]:
-        if not 0 <= index < self.count:
-            raise IndexError(f"{self.path} has {self.count} frames, none of number {index}")
-        # A forked process leaves its parent's capture alone: they share the file position and its threads are not here.
-        capture, at, frame = self.open.pop(os.getpid(), (None, -1, None))
-        if capture is None or at > index:
-            capture, at = self._capture(), -1
-        if at < index:
-            while at < index and capture.grab():
-                at += 1
-            good, decoded = capture.retrieve() if at == index else (False, None)
-            if not good or decoded is None:
-                raise DataError(
-                    f"{self.path}#{index}: cannot be decoded, though the file says it has {self.count} frames; "
-                    "is it damaged? Try ffmpeg -i IN OUT.mp4"
-                )
-            frame = cv2.cvtColor(decoded, cv2.COLOR_BGR2RGB)
-        self.open[os.getpid()] = (capture, at, frame)
-        return frame
-
-    def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__ | {"open": {}}
 
 
 class FrameDataset(KeypointDataset):
@@ -203,7 +140,7 @@ class Images(KeypointData):
         ids = {name: i for i, name in self.names.items()}
         bases = Counter(Path(name).name for name in ids)
         ids |= {Path(name).name: i for name, i in ids.items() if bases[Path(name).name] == 1}
-        report, found = Report(path), []
+        report, found, elsewhere = Report(path), [], []
         for number, item in enumerate(items):
             record = f"item {number}: {str(item)[:100]}"
             try:
@@ -218,12 +155,19 @@ class Images(KeypointData):
                 continue
             image_id = ids.get(str(item["file_name"])) if "file_name" in item else item.get("image_id")
             if not isinstance(image_id, int) or image_id not in self.files:
-                report.add(f"boxes of images that are not in {self.path}: give the images they were made on", record)
+                elsewhere.append(record)  # a detector's file of a whole data set fits a folder of some of its images
                 continue
             category = 1 if category is None else category
             found.append(self._instance(image_id, [x, y, w, h], id=number, score=score, category_id=category))
         if report.faults:
             raise DataError(str(report))
+        if elsewhere and not found:
+            raise DataError(
+                f"{path}: its boxes are of images that are not in {self.path} (first {elsewhere[0]}); "
+                f"give the images they were made on"
+            )
+        if elsewhere:
+            rank_zero_warn(f"{path}: {len(elsewhere)} boxes of images that are not in {self.path} are passed over")
         if not found:
             raise DataError(
                 f"{path}: none of its {len(items)} boxes is left; lower box_threshold ({self.box_threshold}) or "

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torchmetrics import Metric, MetricCollection
 
 from hrnet import HRNet, HRNetConfig
-from hrnet.weights import InitFrom, load
+from hrnet.weights import InitFrom, WeightsError, grouped, load
 
 
 class Task(L.LightningModule):
@@ -144,6 +144,18 @@ class Task(L.LightningModule):
             self.metrics[split] = data.metric(split)
         if self.init_from is not None and self.trainer.ckpt_path is None:
             rank_zero_info(load(self, self.init_from))
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Refuse another network's checkpoint in a few words, before torch does in a hundred lines."""
+        state, own = checkpoint["state_dict"], self.state_dict()
+        alien = [k for k in own if k not in state or state[k].shape != own[k].shape] + [
+            k for k in state if k not in own
+        ]
+        if alien:
+            raise WeightsError(
+                f"the checkpoint is of another model than this one: {len(alien)} of {len(own)} tensors differ "
+                f"({grouped(alien)}); give the configuration it was trained with, or start from it by init_from"
+            )
 
     def configure_optimizers(self) -> Any:
         if self.optimizer is None:

@@ -100,7 +100,7 @@ class Predictions(Callback):
             if "#" in instance.path:
                 if video is None:
                     code, size = cv2.VideoWriter.fourcc(*"mp4v"), image.shape[1::-1]
-                    video = cv2.VideoWriter(str(folder / "overlay.mp4"), code, self.dataset.fps, size)
+                    video = cv2.VideoWriter(str(folder / "overlay.mp4"), code, self.dataset.video.fps, size)
                 video.write(cv2.cvtColor(image, cv2.COLOR_RGB2BGR))
                 continue
             name = Path(instance.path).stem

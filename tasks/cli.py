@@ -13,7 +13,7 @@ import torch
 import yaml
 from lightning.pytorch.cli import LightningCLI, SaveConfigCallback
 from lightning.pytorch.loggers import CSVLogger, Logger, WandbLogger
-from lightning.pytorch.utilities.rank_zero import rank_zero_info
+from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 
 import datamodules
 from datamodules.base import DataModule
@@ -65,6 +65,17 @@ class CLI(LightningCLI):
             rank_zero_info("neither --ckpt_path nor --model.init_from: the network is untrained")
         if not config.trainer.fast_dev_run:
             check_writable(root)
+
+    def _parse_ckpt_path(self) -> None:
+        super()._parse_ckpt_path()
+        given = [a.split("=")[0].removeprefix("--model.") for a in sys.argv if a.startswith("--model.")]
+        path = self.config[self.config.subcommand].get("ckpt_path")
+        kept = torch.load(path, map_location="cpu", weights_only=True, mmap=True)["hyper_parameters"] if path else {}
+        ignored = [name for name in given if name.split(".")[0] in kept]
+        if ignored:
+            rank_zero_warn(
+                f"--ckpt_path goes on with the checkpoint's own settings: model.{', model.'.join(ignored)} ignored"
+            )
 
     @property
     def task(self) -> str:
@@ -152,6 +163,8 @@ def main(task: type[Task], args: list[str] | None = None) -> CLI:
         importlib.import_module(f"datamodules.{module.name}")
     args = with_default_data(name, sys.argv[1:] if args is None else list(args))
     sys.argv[1:] = args  # what a DDP launcher starts its other processes with
+    if not CONFIGS.is_dir():
+        raise SystemExit(f"{CONFIGS} is missing: install from a clone, with `pip install -e .`")
     layers = [str(CONFIGS / "default.yaml"), str(CONFIGS / name / "default.yaml")]
     try:
         return CLI(

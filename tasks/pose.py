@@ -10,6 +10,7 @@ from typing import Any, Literal
 import numpy as np
 import torch
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor, nn
 
 from datamodules.base import Instance, KeypointDataset, Keypoints
@@ -20,7 +21,7 @@ from hrnet import PRESETS, HRNetConfig
 from hrnet.codecs import Heatmap
 from hrnet.heads import HRNetV1
 from hrnet.losses import JointsMSE
-from hrnet.weights import InitFrom
+from hrnet.weights import InitFrom, WeightsError
 from tasks.base import Task
 from tasks.cli import main
 
@@ -117,12 +118,18 @@ class Pose(Task):
         return KeypointAP(instances, None, self.skeleton_facts.sigmas)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        names = checkpoint.get("hyper_parameters", {}).get("keypoint_names")
+        hparams = checkpoint.get("hyper_parameters", {})
+        names = hparams.get("keypoint_names")
         if names is not None and list(names) != self.skeleton_facts.names:
-            raise ValueError(
+            raise WeightsError(
                 f"the checkpoint's keypoints {list(names)} are not the data's {self.skeleton_facts.names}; "
-                f"use the data it was trained for, or start from it by `init_from`"
+                f"use the data it was trained for, or start from it by init_from"
             )
+        super().on_load_checkpoint(checkpoint)
+        for name in self.protocol:
+            trained, now = hparams.get(name), self.hparams[name]
+            if trained is not None and trained != now:
+                rank_zero_warn(f"the checkpoint was trained with data.{name} = {trained}, now it is {now}")
 
     @torch.inference_mode()
     def infer(self, images: str | Path | np.ndarray | Sequence[Any], boxes: Sequence[Any] | None = None) -> Any:
