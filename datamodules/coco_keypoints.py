@@ -84,6 +84,8 @@ class CocoFile:
             raise DataError(
                 f"{path}: no list {', '.join(missing)}; a COCO keypoint file holds images, annotations and categories"
             )
+        for annotation in content["annotations"]:
+            annotation.pop("segmentation", None)  # not read here, and most of COCO's memory
         self.content: dict[str, Any] = content
         self.categories, names, skeleton = self._category(category)
         self.facts = Keypoints(

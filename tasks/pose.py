@@ -99,16 +99,21 @@ class Pose(Task):
         index = torch.tensor(self.skeleton_facts.flip_index)
         self.register_buffer("flip_index", index, persistent=False)
 
+    def heatmaps(self, features: list[Tensor]) -> Tensor:
+        """The head's output `[B, K, h, w]`, in fp32 under mixed precision too: decoding wants more digits than bf16."""
+        with torch.autocast(features[0].device.type, enabled=False):
+            return self.head([x.float() for x in features])
+
     def loss(self, features: list[Tensor], batch: Any) -> dict[str, Tensor]:
         size = batch["image"].shape[-2:]
         target, weight = self.codec.encode(batch["keypoints"], batch["visible"], size)
-        return {"heatmap": self.joint_loss(self.head(features), target, weight)}
+        return {"heatmap": self.joint_loss(self.heatmaps(features), target, weight)}
 
     def predict(self, features: list[Tensor], batch: Any) -> dict[str, Tensor]:
         """`keypoints` `[B, K, 2]` in input pixels, `score` `[B, K]`, and the `heatmap` they were read from."""
-        heatmap = self.head(features).float()
+        heatmap = self.heatmaps(features)
         if self.flip_test:
-            mirrored = self.head(self(batch["image"].flip(-1))).float()
+            mirrored = self.heatmaps(self(batch["image"].flip(-1)))
             heatmap = self.codec.merge(heatmap, mirrored, self.flip_index)
         keypoints, score = self.codec.decode(heatmap, batch["image"].shape[-2:])
         return {"keypoints": keypoints, "score": score, "heatmap": heatmap}
@@ -178,14 +183,16 @@ class Pose(Task):
         """Labels, prediction and the heatmaps' maximum on one input, side by side: RGB uint8 `[H, 3 W, 3]`; without a
         prediction the labels alone."""
         image = batch["image"][index].permute(1, 2, 0).cpu().numpy()
-        truth = batch["keypoints"][index].float().cpu().numpy()
+        zoom = max(1, round(256 / image.shape[0]))  # small inputs are shown larger, or nothing could be told from them
+        image = image.repeat(zoom, 0).repeat(zoom, 1)
+        truth = batch["keypoints"][index].float().cpu().numpy() * zoom
         shown = batch["visible"][index].cpu().numpy() > 0
         facts = self.skeleton_facts
-        labelled = draw_keypoints(image, truth, shown, facts) if len(truth) else image
+        labelled = draw_keypoints(image, truth, shown, facts, radius=3) if len(truth) else image
         if prediction is None:
             return labelled
-        guess = prediction["keypoints"][index].float().cpu().numpy()
-        predicted = draw_keypoints(image, guess, np.ones(len(guess), dtype=bool), facts)
+        guess = prediction["keypoints"][index].float().cpu().numpy() * zoom
+        predicted = draw_keypoints(image, guess, np.ones(len(guess), dtype=bool), facts, radius=3)
         heatmap = prediction["heatmap"][index].amax(0).float().cpu().numpy()
         return np.concatenate([labelled, predicted, heatmap_overlay(image, heatmap)], axis=1)
 

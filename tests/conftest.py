@@ -1,5 +1,7 @@
 """What several tests share: a few drawn scenes, and the command line called in this process."""
 
+import contextlib
+import io
 import os
 import sys
 from pathlib import Path
@@ -9,6 +11,7 @@ import torch
 
 from datamodules import scenes
 from datamodules.rendered import Rendered
+from datamodules.transforms import PoseAugmentation
 from tasks.cli import main
 from tasks.pose import Pose
 
@@ -30,8 +33,6 @@ def cache(tmp_path_factory):
 @pytest.fixture(scope="session")
 def rendered(cache):
     """A data module of these scenes, set up to fit and to test: small crops, no augmentation."""
-    from datamodules.transforms import PoseAugmentation
-
     plain = PoseAugmentation(scale=0, rotation=0, flip=0, half_body=0)
     data = Rendered(str(cache), TRAIN, VAL, size=(64, 48), augmentation=plain, batch_size=4, workers=0)
     data.setup("fit")
@@ -57,20 +58,21 @@ def small(cache):
 
 
 class Run:
-    """What a call of the command line has left."""
+    """What a call of the command line has left: its objects, its folder, its last numbers, and what it printed."""
 
-    def __init__(self, cli):
-        self.cli, self.trainer, self.model = cli, cli.trainer, cli.model
-        self.folder = Path(cli.trainer.log_dir)
+    def __init__(self, cli, printed):
+        self.cli, self.trainer, self.model, self.printed = cli, cli.trainer, cli.model, printed.getvalue()
+        self.folder = Path(cli.trainer.log_dir).resolve()
         self.numbers = {k: float(v) for k, v in cli.trainer.callback_metrics.items()}
 
 
 def call(folder, *args):
     """Run the pose command line in this process, with `folder` as working directory and its runs below it."""
-    before, where = list(sys.argv), Path.cwd()
+    before, where, printed = list(sys.argv), Path.cwd(), io.StringIO()
     try:
         os.chdir(folder)
-        return Run(main(Pose, args=[str(a) for a in args]))
+        with contextlib.redirect_stdout(printed):
+            return Run(main(Pose, args=[str(a) for a in args]), printed)
     finally:
         os.chdir(where)
         sys.argv[:] = before

@@ -16,6 +16,15 @@ from hrnet.heads import HRNetV1
 SIZES = {2.0: [(256, 192), (128, 96), (130, 97), (253, 191)], 3.0: [(384, 288)]}
 
 
+@pytest.fixture(autouse=True)
+def one_thread():
+    """These maps are small: threads that wait for each other on a busy machine cost ten times what they compute."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 def official_target(keypoint, visible, shape, sigma, stride=4):
     """generate_target of JointsDataset.py for one joint: patch, clipping and the out-of-range rule."""
     (h, w), window = shape, int(sigma * 3)
