@@ -185,13 +185,13 @@ class Pose(Task):
         image = batch["image"][index].permute(1, 2, 0).cpu().numpy()
         zoom = max(1, round(256 / image.shape[0]))  # small inputs are shown larger, or nothing could be told from them
         image = image.repeat(zoom, 0).repeat(zoom, 1)
-        truth = batch["keypoints"][index].float().cpu().numpy() * zoom
+        truth = batch["keypoints"][index].float().cpu().numpy() * zoom + (zoom - 1) / 2
         shown = batch["visible"][index].cpu().numpy() > 0
         facts = self.skeleton_facts
         labelled = draw_keypoints(image, truth, shown, facts, radius=3) if len(truth) else image
         if prediction is None:
             return labelled
-        guess = prediction["keypoints"][index].float().cpu().numpy() * zoom
+        guess = prediction["keypoints"][index].float().cpu().numpy() * zoom + (zoom - 1) / 2
         predicted = draw_keypoints(image, guess, np.ones(len(guess), dtype=bool), facts, radius=3)
         heatmap = prediction["heatmap"][index].amax(0).float().cpu().numpy()
         return np.concatenate([labelled, predicted, heatmap_overlay(image, heatmap)], axis=1)
