@@ -195,7 +195,7 @@ class KeypointDataset(Dataset):
             matrix = mirror(matrix, image.shape[1])
             keypoints, visible = keypoints[self.flip_index], visible[self.flip_index]
         learned = visible > (0 if self.hidden == "supervise" else 1)
-        placed = apply(matrix, keypoints) * (visible > 0)[:, None]
+        placed = np.where((visible > 0)[:, None], apply(matrix, keypoints), 0)
         return {
             "image": np.ascontiguousarray(warp(image, matrix, self.size).transpose(2, 0, 1)),
             "keypoints": placed.astype(np.float32),

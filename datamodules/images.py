@@ -154,7 +154,10 @@ class Images(KeypointData):
             if score < self.box_threshold or (self.category_id is not None and category != self.category_id):
                 continue
             image_id = ids.get(str(item["file_name"])) if "file_name" in item else item.get("image_id")
-            if not isinstance(image_id, int) or image_id not in self.files:
+            if "file_name" not in item and not isinstance(image_id, int):
+                report.add("boxes without a file_name or a number as image_id", record)
+                continue
+            if image_id not in self.files:
                 elsewhere.append(record)  # a detector's file of a whole data set fits a folder of some of its images
                 continue
             category = 1 if category is None else category

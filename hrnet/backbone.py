@@ -5,7 +5,8 @@ load without renaming.
 """
 
 import functools
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
@@ -13,6 +14,7 @@ import lightning as L
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 
 @dataclass(frozen=True)
@@ -278,10 +280,32 @@ class HRNet(L.LightningModule):
             maps = [layer(x) for layer, x in zip(transition, [*maps, maps[-1]], strict=True)]
             for module in stage:
                 if self.config.checkpointing and torch.is_grad_enabled():
-                    maps = torch.utils.checkpoint.checkpoint(module, maps, use_reentrant=False)
+                    contexts = functools.partial(recomputing, module)
+                    maps = checkpoint(module, maps, use_reentrant=False, context_fn=contexts)
                 else:
                     maps = module(maps)
         return maps[: len(self.channels)]
+
+
+@contextmanager
+def uncounted(module: nn.Module) -> Iterator[None]:
+    """While recomputing, batch norm still uses its batch's statistics but does not count them a second time."""
+    norms = [m for m in module.modules() if isinstance(m, nn.BatchNorm2d)]
+    momenta = [m.momentum for m in norms]
+    for m in norms:
+        m.momentum = 0.0
+    try:
+        yield
+    finally:
+        for m, momentum in zip(norms, momenta, strict=True):
+            m.momentum = momentum
+            if m.training and m.num_batches_tracked is not None:
+                m.num_batches_tracked -= 1
+
+
+def recomputing(module: nn.Module) -> tuple[AbstractContextManager, AbstractContextManager]:
+    """Contexts of a checkpointed module's first pass, and of its second one."""
+    return nullcontext(), uncounted(module)
 
 
 def resolve(config: HRNetConfig | str | Mapping[str, Any]) -> HRNetConfig:

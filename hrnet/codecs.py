@@ -37,8 +37,10 @@ class Heatmap:
     def __post_init__(self) -> None:
         if self.sigma <= 0 or self.stride < 1:
             raise ValueError(f"sigma and stride must be positive, got {self.sigma} and {self.stride}")
-        if self.encoding not in ("quantised", "subpixel", "udp") or self.decoding not in ("quarter", "dark"):
-            raise ValueError(f"unknown encoding {self.encoding!r} or decoding {self.decoding!r}")
+        if self.encoding not in ("quantised", "subpixel", "udp"):
+            raise ValueError(f"encoding must be quantised, subpixel or udp, got {self.encoding!r}")
+        if self.decoding not in ("quarter", "dark"):
+            raise ValueError(f"decoding must be quarter or dark, got {self.decoding!r}")
         if self.blur is not None and (self.blur < 1 or self.blur % 2 == 0):
             raise ValueError(f"blur must be an odd kernel size, got {self.blur}")
 
@@ -67,6 +69,7 @@ class Heatmap:
         """
         h, w = self.shape(size)
         limit = keypoints.new_tensor([w, h])
+        keypoints = torch.where((visible > 0)[..., None], keypoints, 0)  # what is not labelled may be anything
         mu = keypoints.float() / self.scale(size, keypoints)
         nearest = (mu + 0.5).trunc()  # int() truncates towards zero, so do the official targets
         centre = nearest if self.encoding == "quantised" else mu
@@ -124,7 +127,9 @@ class Heatmap:
         around = neighbours(heatmaps, place, [(1, 0), (-1, 0), (0, 1), (0, -1)])
         sign = torch.stack([(around[0] - around[1]).sign(), (around[2] - around[3]).sign()], -1)
         x, y = place.unbind(-1)
-        inside = (x > 1) & (x < w - 1) & (y > 1) & (y < h - 1)
+        # The official rule leaves out column 1 but not w - 2; UDP's point is symmetry, so there neither.
+        low = 0 if self.encoding == "udp" else 1
+        inside = (x > low) & (x < w - 1) & (y > low) & (y < h - 1)
         return 0.25 * sign * inside[..., None]
 
     def _dark(self, heatmaps: Tensor, place: Tensor) -> Tensor:
@@ -139,7 +144,7 @@ class Heatmap:
         limit = place.new_tensor(heatmaps.shape[:1:-1]) - 1
         near = ((place < 2 * self.sigma) | (place > limit - 2 * self.sigma)).any(-1, keepdim=True)
         inner = place.clamp(min=1).minimum((limit - 1).clamp(min=1))
-        sharp = (inner - place + self._taylor(heatmaps, inner, narrow=True)).clamp(-1, 1)
+        sharp = inner - place + self._taylor(heatmaps, inner, narrow=True)
         return torch.where(near, sharp, offset)
 
     @staticmethod
@@ -155,16 +160,26 @@ class Heatmap:
             + [(step, 0), (-step, 0), (0, step), (0, -step)],
         )
         dx, dy = (n[1] - n[2]) / 2, (n[3] - n[4]) / 2
-        dxx = (n[9] - 2 * n[0] + n[10]) / step**2
-        dyy = (n[11] - 2 * n[0] + n[12]) / step**2
-        if narrow:
-            dxy = (n[5] - n[1] - n[3] + 2 * n[0] - n[2] - n[4] + n[6]) / 2
-        else:
-            dxy = (n[5] - n[7] - n[8] + n[6]) / 4
+        # Sums of mirror pairs first, here and in the blur: then a mirrored map decodes to the mirror bit by bit.
+        dxx = (n[9] + n[10] - 2 * n[0]) / step**2
+        dyy = (n[11] + n[12] - 2 * n[0]) / step**2
+        # Over both diagonals, where UDP's own formula takes one: else a mirrored map had another maximum.
+        dxy = (n[5] + n[6] - (n[7] + n[8])) / 4
         determinant = dxx * dyy - dxy**2
         offset = torch.stack([dxy * dy - dyy * dx, dxy * dx - dxx * dy], -1)
         sound = determinant.abs() > 1e-12
-        return torch.where(sound[..., None], offset / determinant.where(sound, 1.0)[..., None], 0.0)
+        peak = torch.where(sound[..., None], offset / determinant.where(sound, 1.0)[..., None], 0.0)
+        # Under noise the maximum may lie beyond the arg-max's neighbour, but further only where the expansion fails.
+        return peak.clamp(-2, 2)
+
+
+SMALL_BLURS = {
+    1: [1.0],
+    3: [0.25, 0.5, 0.25],
+    5: [0.0625, 0.25, 0.375, 0.25, 0.0625],
+    7: [0.03125, 0.109375, 0.21875, 0.28125, 0.21875, 0.109375, 0.03125],
+}
+"""cv2's Gaussians up to size 7, which are tables."""
 
 
 def neighbours(maps: Tensor, place: Tensor, steps: list[tuple[int, int]]) -> list[Tensor]:
@@ -179,13 +194,20 @@ def neighbours(maps: Tensor, place: Tensor, steps: list[tuple[int, int]]) -> lis
 
 def gaussian_blur(maps: Tensor, kernel: int) -> Tensor:
     """`maps` `[B, K, h, w]` under cv2's Gaussian of that kernel size (zeros outside), each keeping its maximum."""
-    sigma = 0.3 * ((kernel - 1) * 0.5 - 1) + 0.8
-    grid = torch.arange(kernel, device=maps.device, dtype=maps.dtype) - (kernel - 1) / 2
-    taps = torch.exp(-(grid**2) / (2 * sigma**2))
-    taps = taps / taps.sum()
-    flat = maps.flatten(0, 1)[:, None]
-    flat = F.conv2d(flat, taps[None, None, None, :], padding=(0, kernel // 2))
-    flat = F.conv2d(flat, taps[None, None, :, None], padding=(kernel // 2, 0))
-    blurred = flat[:, 0].unflatten(0, maps.shape[:2])
+    if kernel in SMALL_BLURS:
+        taps = maps.new_tensor(SMALL_BLURS[kernel])
+    else:
+        sigma = 0.3 * ((kernel - 1) * 0.5 - 1) + 0.8
+        grid = torch.arange(kernel, device=maps.device, dtype=maps.dtype) - (kernel - 1) / 2
+        taps = torch.exp(-(grid**2) / (2 * sigma**2))
+        taps = taps / taps.sum()
+    reach = kernel // 2
+    blurred = maps
+    for axis, pad in ((-1, (reach, reach)), (-2, (0, 0, reach, reach))):
+        length, padded = maps.shape[axis], F.pad(blurred, pad)
+        blurred = blurred * taps[reach]
+        for i in range(reach):
+            pair = padded.narrow(axis, i, length) + padded.narrow(axis, kernel - 1 - i, length)
+            blurred = blurred + pair * taps[i]
     before, after = maps.amax((-2, -1), keepdim=True), blurred.amax((-2, -1), keepdim=True)
     return blurred * before / after.where(after != 0, 1.0)

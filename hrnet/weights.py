@@ -65,6 +65,8 @@ def grouped(keys: list[str]) -> str:
     """Keys summed up by their first two names, or listed where they are few."""
     if len(keys) <= 6:
         return ", ".join(keys)
+    if " for " in keys[0]:  # shapes: one example says more than a count
+        return f"{keys[0]}, and others"
     groups = Counter(".".join(key.split(".")[:2]) for key in keys)
     return ", ".join(f"{name} ({count})" for name, count in groups.most_common(8))
 
@@ -126,9 +128,10 @@ def load(module: nn.Module, source: InitFrom) -> Report:
     if source.part != "all":
         own = {k: v for k, v in own.items() if k.startswith(source.part + ".")}
     report = Report(source.path, source.part)
-    # A network with fewer outputs has no layers for the others; the full one's are left out knowingly.
-    finest_only = not any(k.startswith("backbone.stage4") and ".fuse_layers.3." in k for k in own)
-    last = max((k.split(".")[2] for k in own if k.startswith("backbone.stage4.")), default="")
+    # A network with fewer outputs lacks the last exchange's layers for the others: those are left out knowingly.
+    last = max((int(k.split(".")[2]) for k in own if k.startswith("backbone.stage4.")), default=0)
+    spare = tuple(f"backbone.stage4.{last}.fuse_layers.{target}." for target in (1, 2, 3))
+    spare = tuple(prefix for prefix in spare if not any(k.startswith(prefix) for k in own))
     for key, value in state.items():
         if key in own:
             if own[key].shape == value.shape:
@@ -137,7 +140,7 @@ def load(module: nn.Module, source: InitFrom) -> Report:
                 report.mismatched.append(f"{key} {tuple(value.shape)} for {tuple(own[key].shape)}")
         elif source.part != "all" and not key.startswith(source.part + "."):
             report.dropped.append(key)
-        elif finest_only and key.startswith(f"backbone.stage4.{last}.fuse_layers."):
+        elif spare and key.startswith(spare):
             report.dropped.append(key)
         else:
             report.unexpected.append(key)

@@ -1,5 +1,6 @@
 """What all tasks share: steps, losses summed and logged, optimiser, normalisation, metric, weights to start from."""
 
+import functools
 from collections.abc import Mapping
 from dataclasses import asdict, is_dataclass
 from typing import Any, Literal
@@ -66,7 +67,8 @@ class Task(L.LightningModule):
         """
         hparams = dict(self.hparams)
         if "_instantiator" not in hparams:
-            hparams = {k: plain(v) for k, v in hparams.items() if not callable(v) or is_dataclass(v)}
+            hparams = {k: plain(v) for k, v in hparams.items()}
+            hparams = {k: v for k, v in hparams.items() if v is not None and not callable(v)}
             hparams["_instantiator"] = "lightning.pytorch.cli.instantiate_module"
         for key in [*ignore, "init_from"]:
             hparams.pop(key, None)
@@ -142,8 +144,9 @@ class Task(L.LightningModule):
         data: Any = self.trainer.datamodule  # type: ignore[attr-defined]
         for split in {"fit": ["val"], "validate": ["val"], "test": ["test"]}.get(stage, []):
             self.metrics[split] = data.metric(split)
-        if self.init_from is not None and self.trainer.ckpt_path is None:
+        if self.init_from is not None:
             rank_zero_info(load(self, self.init_from))
+            self.init_from = None  # once: a test after a fit must not start anew
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Refuse another network's checkpoint in a few words, before torch does in a hundred lines."""
@@ -156,6 +159,8 @@ class Task(L.LightningModule):
                 f"the checkpoint is of another model than this one: {len(alien)} of {len(own)} tensors differ "
                 f"({grouped(alien)}); give the configuration it was trained with, or start from it by init_from"
             )
+        if "loops" in checkpoint:
+            finish_epoch(checkpoint["loops"]["fit_loop"])
 
     def configure_optimizers(self) -> Any:
         if self.optimizer is None:
@@ -167,6 +172,24 @@ class Task(L.LightningModule):
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": self.lr_interval}}
 
 
+def finish_epoch(progress: dict[str, Any]) -> None:
+    """Mark an epoch that was trained to its end as complete in a checkpoint's `fit_loop`.
+
+    Such a checkpoint is written just before Lightning counts the epoch, which with `max_steps` it then does wrongly: it
+    skips one, or adds a batch to it.
+    """
+    epoch, batch = progress["epoch_progress"], progress["epoch_loop.batch_progress"]
+    if epoch["current"]["ready"] == epoch["current"]["processed"]:
+        for counts in (epoch["current"], epoch["total"]):
+            counts["completed"] = counts["processed"]
+        batch["current"] = dict.fromkeys(batch["current"], 0)
+        batch["is_last_batch"] = False
+
+
 def plain(value: Any) -> Any:
-    """A dataclass as its fields, recursively; other values as they are."""
+    """A dataclass as its fields, a class or a partial call of one by its path; other values as they are."""
+    if isinstance(value, type):
+        return {"class_path": f"{value.__module__}.{value.__qualname__}"}
+    if isinstance(value, functools.partial) and isinstance(value.func, type) and not value.args:
+        return plain(value.func) | {"init_args": {k: plain(v) for k, v in value.keywords.items()}}
     return asdict(value) if is_dataclass(value) and not isinstance(value, type) else value

@@ -120,14 +120,16 @@ class Summary(Callback):
         best = next((c for c in checkpoints if c.monitor), None)
         if not trainer.is_global_zero or trainer.fast_dev_run or trainer.log_dir is None:  # type: ignore[attr-defined]
             return
+        which = "last"
         lines = ["", f"trained for {trainer.current_epoch} epochs, {trainer.global_step} steps"]
         lines += numbers(trainer, "val/")
         if best is not None and best.best_model_score is not None:
+            which = "best"
             lines.append(f"best {best.monitor} {float(best.best_model_score):.4f}: {best.best_model_path}")
         lines += [
             f"metrics:    {Path(trainer.log_dir) / 'metrics.csv'}",
             f"pictures:   {Path(trainer.log_dir) / 'pictures'}",
-            f"try it:     python -m {type(task).__module__} predict --ckpt_path best --data.path YOUR_PHOTOS",
+            f"try it:     python -m {type(task).__module__} predict --ckpt_path {which} --data.path YOUR_PHOTOS",
         ]
         print("\n".join(lines), flush=True)
 

@@ -3,6 +3,7 @@
 import importlib
 import os
 import pkgutil
+import signal
 import sys
 import tempfile
 from netrc import NetrcParseError, netrc
@@ -13,6 +14,7 @@ import torch
 import yaml
 from lightning.pytorch.cli import LightningCLI, SaveConfigCallback
 from lightning.pytorch.loggers import CSVLogger, Logger, WandbLogger
+from lightning.pytorch.utilities.exceptions import SIGTERMException
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 
 import datamodules
@@ -22,6 +24,14 @@ from hrnet.weights import WeightsError
 from tasks.base import Task
 
 CONFIGS = Path(__file__).parent.parent / "configs"
+
+
+class SettingError(ValueError):
+    """A setting that the part it is for does not accept."""
+
+
+REFUSALS = (DataError, WeightsError, SettingError, OSError)
+"""What ends a run with one message instead of a traceback."""
 
 
 class SaveConfig(SaveConfigCallback):
@@ -63,6 +73,7 @@ class CLI(LightningCLI):
             rank_zero_info(f"checkpoint: {config.ckpt_path}")
         if config.get("ckpt_path"):
             check_checkpoint(Path(config.ckpt_path))
+            config.model.init_from = None  # the checkpoint's weights are all there is to load
         elif self.config.subcommand != "fit" and config.get("model.init_from") is None:
             rank_zero_info("neither --ckpt_path nor --model.init_from: the network is untrained")
         if not config.trainer.fast_dev_run:
@@ -78,6 +89,16 @@ class CLI(LightningCLI):
             rank_zero_warn(
                 f"--ckpt_path goes on with the checkpoint's own settings: model.{', model.'.join(ignored)} ignored"
             )
+
+    def instantiate_classes(self) -> None:
+        try:
+            super().instantiate_classes()
+        except ValueError as error:
+            # What a part says of its settings comes wrapped in a list of everything it could have been.
+            cause: BaseException = error
+            while isinstance(cause.__cause__, ValueError | OSError):
+                cause = cause.__cause__
+            raise cause if isinstance(cause, REFUSALS) else SettingError(cause) from error
 
     @property
     def task(self) -> str:
@@ -152,10 +173,15 @@ def with_default_data(task: str, args: list[str]) -> list[str]:
     if not args or args[0].startswith("-") or any(a == "--data" or a.startswith("--data=") for a in args):
         return args
     configs = [b for a, b in zip(args, args[1:], strict=False) if a in ("-c", "--config")]
-    configs += [a.split("=", 1)[1] for a in args if a.startswith("--config=")]
+    configs += [a.split("=", 1)[1] for a in args if a.startswith(("--config=", "-c="))]
     for config in configs:
-        if Path(config).is_file() and "data" in (yaml.safe_load(Path(config).read_text()) or {}):
-            return args
+        if not Path(config).is_file():
+            continue  # the parser says so
+        try:
+            if "data" in (yaml.safe_load(Path(config).read_text()) or {}):
+                return args
+        except yaml.YAMLError as error:
+            raise SettingError(f"{config}: not valid YAML: {error}") from None
     default = CONFIGS / task / ("predict.yaml" if args[0] == "predict" else "rendered.yaml")
     return [args[0], "--config", str(default), *args[1:]]
 
@@ -165,12 +191,11 @@ def main(task: type[Task], args: list[str] | None = None) -> CLI:
     name = task.__module__.rsplit(".", 1)[-1]
     for module in pkgutil.iter_modules(datamodules.__path__):  # so that `--data Mpii` needs no path
         importlib.import_module(f"datamodules.{module.name}")
-    args = with_default_data(name, sys.argv[1:] if args is None else list(args))
-    sys.argv[1:] = args  # what a DDP launcher starts its other processes with
     if not CONFIGS.is_dir():
         raise SystemExit(f"{CONFIGS} is missing: install from a clone, with `pip install -e .`")
     layers = [str(CONFIGS / "default.yaml"), str(CONFIGS / name / "default.yaml")]
     try:
+        sys.argv[1:] = with_default_data(name, sys.argv[1:] if args is None else list(args))
         return CLI(
             task,
             DataModule,
@@ -181,7 +206,9 @@ def main(task: type[Task], args: list[str] | None = None) -> CLI:
             save_config_kwargs={"overwrite": True},
             parser_kwargs={sub: {"default_config_files": layers} for sub in ("fit", "validate", "test", "predict")},
         )
-    except (DataError, WeightsError, OSError) as error:
+    except SIGTERMException:
+        raise SystemExit(128 + signal.SIGTERM) from None  # what started the run should not take it for finished
+    except REFUSALS as error:
         if os.environ.get("HRNET_TRACEBACK"):
             raise
         # An error of a loader's worker brings the worker's traceback as its message; its last part is ours.

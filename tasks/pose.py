@@ -156,27 +156,33 @@ class Pose(Task):
         results = []
         training = self.training
         self.eval()
-        for i, image in enumerate(images):
-            array = image if isinstance(image, np.ndarray) else read_image(image)
-            chosen = [[0, 0, array.shape[1], array.shape[0]]] if boxes is None else boxes[i]
-            instances = [Instance("", 0, np.array(b, dtype=np.float64), np.zeros((0, 2)), np.zeros(0)) for b in chosen]
-            data = ArrayCrops(instances, self.skeleton_facts, self.size, padding=self.padding, udp=self.udp)
-            data.array = array
-            found = []
-            for start in range(0, len(data), 32):
-                batch = torch.utils.data.default_collate([data[j] for j in range(start, min(start + 32, len(data)))])
-                batch = {k: v.to(self.device) for k, v in batch.items()}
-                prediction = self.predict_step(batch, 0)
-                found.append((to_image(prediction["keypoints"], batch["to_image"]), prediction["score"]))
-            k = len(self.skeleton_facts.names)
-            results.append(
-                {
-                    "keypoints": torch.cat([f[0] for f in found]).cpu().numpy() if found else np.zeros((0, k, 2)),
-                    "score": torch.cat([f[1] for f in found]).cpu().numpy() if found else np.zeros((0, k)),
-                    "boxes": np.array(chosen, dtype=np.float64).reshape(-1, 4),
-                }
-            )
-        self.train(training)
+        try:
+            for i, image in enumerate(images):
+                array = image if isinstance(image, np.ndarray) else read_image(image)
+                chosen = [[0, 0, array.shape[1], array.shape[0]]] if boxes is None else boxes[i]
+                instances = [
+                    Instance("", 0, np.array(b, dtype=np.float64), np.zeros((0, 2)), np.zeros(0)) for b in chosen
+                ]
+                data = ArrayCrops(instances, self.skeleton_facts, self.size, padding=self.padding, udp=self.udp)
+                data.array = array
+                found = []
+                for start in range(0, len(data), 32):
+                    batch = torch.utils.data.default_collate(
+                        [data[j] for j in range(start, min(start + 32, len(data)))]
+                    )
+                    batch = {k: v.to(self.device) for k, v in batch.items()}
+                    prediction = self.predict_step(batch, 0)
+                    found.append((to_image(prediction["keypoints"], batch["to_image"]), prediction["score"]))
+                k = len(self.skeleton_facts.names)
+                results.append(
+                    {
+                        "keypoints": torch.cat([f[0] for f in found]).cpu().numpy() if found else np.zeros((0, k, 2)),
+                        "score": torch.cat([f[1] for f in found]).cpu().numpy() if found else np.zeros((0, k)),
+                        "boxes": np.array(chosen, dtype=np.float64).reshape(-1, 4),
+                    }
+                )
+        finally:
+            self.train(training)
         return results
 
     def picture(self, batch: Any, prediction: dict[str, Tensor] | None, index: int) -> np.ndarray:

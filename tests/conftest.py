@@ -53,6 +53,7 @@ def small(cache):
         "trainer.enable_progress_bar": "false",
         "trainer.enable_model_summary": "false",
         "trainer.accelerator": "cpu",
+        "trainer.precision": "32-true",
     }
     return [f"--{key}={value}" for key, value in options.items()]
 

@@ -217,10 +217,8 @@ def test_broken_image_is_named_when_reached(tmp_path):
         ({"image_id": 1, "bbox": [0, 0, 5]}, "with an area"),
         ({"image_id": 1, "bbox": None}, "with an area"),
         ({"image_id": 1, "bbox": [0, 0, 5, 5], "score": "high"}, "and a score"),
-        ({"image_id": 2, "bbox": [0, 0, 5, 5]}, "not in .*: give the images"),
-        ({"image_id": [1], "bbox": [0, 0, 5, 5]}, "not in"),
-        ({"bbox": [0, 0, 5, 5]}, "not in"),
-        ({"file_name": "b.jpg", "bbox": [0, 0, 5, 5]}, "not in"),
+        ({"image_id": [1], "bbox": [0, 0, 5, 5]}, "without a file_name or a number"),
+        ({"bbox": [0, 0, 5, 5]}, "without a file_name or a number"),
     ],
 )
 def test_faulty_boxes(tmp_path, item, message):
@@ -228,6 +226,18 @@ def test_faulty_boxes(tmp_path, item, message):
     boxes = write_boxes(tmp_path / "boxes.json", {"image_id": 1, "bbox": [0, 0, 5, 5]}, item)
     with pytest.raises(DataError, match=rf"(?s)boxes\.json.*{message}"):
         ready(tmp_path, boxes=boxes)
+
+
+@pytest.mark.parametrize("where", [{"image_id": 2}, {"file_name": "b.jpg"}])
+def test_boxes_of_other_images_are_passed_over(where, tmp_path):
+    """A detector's file covers a whole data set, of which a folder may hold a part; but some of it has to fit."""
+    write_images(tmp_path, "a.jpg")
+    other = where | {"bbox": [0, 0, 5, 5]}
+    boxes = write_boxes(tmp_path / "boxes.json", {"image_id": 1, "bbox": [0, 0, 5, 5]}, other)
+    with pytest.warns(UserWarning, match="1 boxes of images that are not in"):
+        assert len(ready(tmp_path, boxes=boxes).datasets["predict"]) == 1
+    with pytest.raises(DataError, match="give the images they were made on"):
+        ready(tmp_path, boxes=write_boxes(tmp_path / "boxes.json", other))
 
 
 def test_faulty_box_files(tmp_path):

@@ -24,7 +24,7 @@ ADAM = partial(torch.optim.Adam, lr=1e-3)
 
 
 def build(seed=0, **kwargs):
-    """A tiny network whose heatmaps have one clear maximum, unlike those of the official initialisation (all near 0)."""
+    """A tiny network whose heatmaps have clear maxima; those of the official initialisation are near 0."""
     torch.manual_seed(seed)
     task = Pose(**{"backbone": TINY, "init": "kaiming", "size": (64, 48), "optimizer": ADAM, **kwargs})
     for parameter in task.head.parameters():
@@ -72,10 +72,11 @@ def picture(rendered):
 @torch.no_grad()
 def test_loss_is_half_the_weighted_mean_square(batch):
     task = build(codec=Heatmap(sigma=1.5))
+    batch = {**batch, "visible": batch["visible"].clone()}
+    batch["visible"][:, ::3] = 0
     features = task(batch["image"])
     target, weight = Heatmap(sigma=1.5).encode(batch["keypoints"], batch["visible"], (64, 48))
     assert target.shape == (4, 17, 16, 12)
-    assert 0 < weight.mean() < 1  # both kinds of joint are there, or the test tests nothing
     expected = ((task.head(features) - target) * weight[:, :, None, None]).pow(2).mean() / 2
     losses = task.loss(features, batch)
     assert list(losses) == ["heatmap"]
@@ -106,14 +107,15 @@ def test_bf16_loss_is_finite_and_taken_in_fp32(batch):
     task = build().train()
     with torch.autocast("cpu", dtype=torch.bfloat16):
         features = task(batch["image"])
-        assert task.head(features).dtype == torch.bfloat16
+        assert features[0].dtype == torch.bfloat16
+        assert task.heatmaps(features).dtype == torch.float32  # bf16 has three digits, too few to decode
         loss = task.loss(features, batch)["heatmap"]
         prediction = task.predict(features, batch)
     assert loss.dtype == torch.float32
     target, weight = task.codec.encode(batch["keypoints"], batch["visible"], (64, 48))
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        output = task.head(features)
-    torch.testing.assert_close(loss, task.joint_loss(output.float(), target, weight), rtol=1e-6, atol=0)
+        output = task.heatmaps(features)
+    torch.testing.assert_close(loss, task.joint_loss(output, target, weight), rtol=1e-6, atol=0)
     loss.backward()
     assert all(p.grad is not None and p.grad.isfinite().all() for p in task.parameters())
     assert {v.dtype for v in prediction.values()} == {torch.float32}
@@ -159,9 +161,10 @@ def test_flipped_image_gives_flipped_prediction(decoding, batch):
     mirrored = task.predict_step({**batch, "image": batch["image"].flip(-1)}, 0)
     assert torch.equal(mirrored["heatmap"].flip(-1)[:, COCO.flip_index], straight["heatmap"])
     keypoints, score = flipped(straight, 48)
-    assert (straight["score"] > 0).all()
     torch.testing.assert_close(mirrored["score"], score)
-    torch.testing.assert_close(mirrored["keypoints"], keypoints, rtol=0, atol=1e-3)
+    found = score > 0  # where nothing is found, the place is the first pixel
+    assert found.float().mean() > 0.8
+    torch.testing.assert_close(mirrored["keypoints"][found], keypoints[found], rtol=0, atol=1e-3)
 
 
 @torch.no_grad()
@@ -286,9 +289,9 @@ def test_draw_gives_another_picture(picture):
 
 def test_picture_shows_label_prediction_and_heatmap(batch):
     task = build()
-    assert task.picture(batch, None, 1).shape == (64, 48, 3)
+    assert task.picture(batch, None, 1).shape == (256, 192, 3)  # small inputs are drawn larger
     with torch.no_grad():
-        assert task.picture(batch, task.predict_step(batch, 0), 1).shape == (64, 3 * 48, 3)
+        assert task.picture(batch, task.predict_step(batch, 0), 1).shape == (256, 3 * 192, 3)
 
 
 # Checkpoints
@@ -350,7 +353,8 @@ def test_checkpoint_leaves_evaluation_and_start_to_the_next_run(rendered, tmp_pa
     task = build(flip_test=False)
     content = torch.load(save(task, rendered, tmp_path / "a.ckpt"), weights_only=True)
     hparams = content["hyper_parameters"]
-    assert not {"flip_test", "init_from", "optimizer", "lr_scheduler"} & hparams.keys()
+    assert not {"flip_test", "init_from", "lr_scheduler"} & hparams.keys()
+    assert hparams["optimizer"] == {"class_path": "torch.optim.adam.Adam", "init_args": {"lr": 1e-3}}
     assert hparams["keypoint_names"] == COCO.names
     assert not any(k.startswith(("mean", "std", "flip_index", "metrics")) for k in content["state_dict"])
     assert Pose.load_from_checkpoint(tmp_path / "a.ckpt", flip_test=False).flip_test is False
@@ -384,7 +388,7 @@ def test_init_from_another_skeleton(rendered, tmp_path):
     facts = {"num_keypoints": 2, "keypoint_names": ["a", "b"], "skeleton": [], "flip_pairs": [], "sigmas": [0.1, 0.1]}
     task = build(seed=2, init_from=path, **facts)
     before = {k: v.clone() for k, v in task.state_dict().items()}
-    with pytest.raises(WeightsError, match="head.final_layer.weight"):
+    with pytest.raises(WeightsError, match=r"head\.final_layer\.weight"):
         trainer(tmp_path).fit(task, datamodule=rendered)
     assert all(torch.equal(v, before[k]) for k, v in task.state_dict().items())
     task = build(seed=2, init_from=InitFrom(path, strict=False), **facts)
@@ -395,13 +399,24 @@ def test_init_from_another_skeleton(rendered, tmp_path):
     assert torch.equal(task.head.final_layer.weight, before["head.final_layer.weight"])
 
 
-def test_resuming_does_not_read_init_from(rendered, tmp_path):
-    source = build(seed=1)
-    path = save(source, rendered, tmp_path / "a.ckpt")
-    task = start(build(seed=2, init_from="absent.pth"), rendered, tmp_path, ckpt_path=path)
-    assert same_weights(source, task)
+def test_init_from_is_read_once(rendered, tmp_path):
+    """A test after a fit tests what was learned."""
+    path = str(save(build(seed=1), rendered, tmp_path / "a.ckpt"))
+    task = build(seed=2, init_from=path)
+    save(task, rendered, tmp_path / "b.ckpt")
+    learned = {k: v.clone() for k, v in task.state_dict().items()}
+    trainer(tmp_path).test(task, datamodule=rendered, verbose=False)
+    assert all(torch.equal(v, learned[k]) for k, v in task.state_dict().items())
     with pytest.raises(WeightsError, match=r"absent\.pth"):
         start(build(seed=2, init_from="absent.pth"), rendered, tmp_path)
+
+
+def test_loaded_task_goes_on_learning(rendered, tmp_path):
+    """The optimiser is kept with its settings, as the command line's is."""
+    path = save(build(), rendered, tmp_path / "a.ckpt")
+    task = Pose.load_from_checkpoint(path)
+    assert isinstance(task.optimizer(task.parameters()), torch.optim.Adam)
+    save(task, rendered, tmp_path / "b.ckpt")
 
 
 def test_fit_without_an_optimizer_says_what_to_do(rendered, tmp_path):
