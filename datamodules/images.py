@@ -15,7 +15,7 @@ from PIL import Image
 
 from datamodules.base import Instance, KeypointData, KeypointDataset, Keypoints
 from datamodules.checks import Report
-from datamodules.coco_keypoints import read_json
+from datamodules.coco_file import read_json
 from datamodules.transforms import DataError, read_image
 from datamodules.video import Video
 

@@ -15,7 +15,7 @@ from torchmetrics import Metric
 
 from datamodules.base import Instance, KeypointData, Keypoints
 from datamodules.checks import Report
-from datamodules.coco_keypoints import SIGMAS, pairs_of, read_json
+from datamodules.coco_file import SIGMAS, pairs_of, read_json
 from datamodules.metrics import PCKh
 from datamodules.transforms import Array, DataError, PoseAugmentation
 

@@ -1,28 +1,18 @@
 """Drawn scenes with every kind of label: the default data, made without any download.
 
-`draw` makes one scene from (seed, index) alone; `write` stores many of them in COCO format.
+`draw` makes one scene from (seed, index) alone; `datamodules.rendered` stores many of them in COCO format.
 Point coordinates are pixels, integers being pixel centres; boxes are x, y, width, height as
 pycocotools counts them (the pixels of columns x .. x + width - 1).
 """
 
-import csv
-import json
-import multiprocessing
-import os
-import shutil
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
-from typing import Any
 
 import cv2
 import numpy as np
 from numpy.random import Generator
 from numpy.typing import ArrayLike
-from pycocotools import mask as rle
-from tqdm import tqdm
 
 from datamodules import figures
 from datamodules.figures import SCALE, Canvas, Person, colour
@@ -322,144 +312,3 @@ def _paint_object(category: int, at: np.ndarray, radius: float, looks: int, canv
         for x in (-0.9, 0.9):
             shape(0.38 * figures.CIRCLE + [x, 0.45], (25, 25, 28))
             shape(0.17 * figures.CIRCLE + [x, 0.45], (190, 190, 190))
-
-
-def write(
-    root: str | os.PathLike,
-    split: str,
-    count: int,
-    seed: int,
-    size: tuple[int, int] = (240, 320),
-    workers: int | None = None,
-) -> None:
-    """Store scenes 0 .. count - 1 of `seed` under `root`, laid out as COCO does.
-
-    `<split>/000000.jpg`, `semantic/<split>/000000.png` (values index SEMANTIC) and in
-    `annotations`: `instances_<split>.json`, `person_keypoints_<split>.json` (the same people, the
-    same ids) and `labels_<split>.csv` (file_name, label). Does nothing where `complete`. The files
-    appear when all are made, and a second process that writes the same split waits.
-
-    Args:
-        count: number of scenes, at least 1.
-        workers: drawing processes, None for one a CPU, 0 to draw in this process.
-
-    Raises:
-        OSError: `root` cannot be written.
-        ValueError: count below 1, or arguments that `draw` rejects.
-    """
-    if count < 1:
-        raise ValueError(f"count must be at least 1, not {count}")
-    root = Path(root)
-    try:
-        (root / "annotations").mkdir(parents=True, exist_ok=True)
-        (root / "semantic").mkdir(exist_ok=True)
-        lock = root / f".{split}.lock"
-        lock.touch()
-    except OSError as error:
-        raise OSError(error.errno, f"cannot write scenes to {root}: {error.strerror}") from error
-    with lock.open() as handle:
-        if sys.platform != "win32":
-            import fcntl
-
-            fcntl.flock(handle, fcntl.LOCK_EX)  # freed by the system even if this process is killed
-        if complete(root, split, count, seed, size):
-            return
-        part = root / f".{split}.part"
-        shutil.rmtree(part, ignore_errors=True)  # left by a killed process
-        try:
-            _write_files(part, split, count, seed, size, workers)
-            # the instances file is what `complete` reads: it goes first and comes last
-            files = _layout(split)
-            (root / files[-1]).unlink(missing_ok=True)
-            for name in files:
-                if (root / name).is_dir():
-                    shutil.rmtree(root / name)
-                os.replace(part / name, root / name)
-        finally:
-            shutil.rmtree(part, ignore_errors=True)
-
-
-def complete(root: str | os.PathLike, split: str, count: int, seed: int, size: tuple[int, int] = (240, 320)) -> bool:
-    """Whether `write` with these arguments and this VERSION has finished in `root`."""
-    images, _, _, _, instances = (Path(root) / name for name in _layout(split))
-    try:
-        info = json.loads(instances.read_text())["info"]
-    except (OSError, ValueError, KeyError):
-        return False
-    return info == _info(count, seed, size) and (images / f"{count - 1:06d}.jpg").is_file()
-
-
-def _info(count: int, seed: int, size: tuple[int, int]) -> dict[str, Any]:
-    return {"version": VERSION, "seed": seed, "count": count, "size": list(size)}
-
-
-def _layout(split: str) -> list[str]:
-    """Paths below the root: two folders, three files."""
-    notes = [f"labels_{split}.csv", f"person_keypoints_{split}.json", f"instances_{split}.json"]
-    return [split, f"semantic/{split}", *(f"annotations/{name}" for name in notes)]
-
-
-def _write_files(root: Path, split: str, count: int, seed: int, size: tuple[int, int], workers: int | None) -> None:
-    images, semantic, labels, keypoints, instances = (root / name for name in _layout(split))
-    for folder in (images, semantic, labels.parent):
-        folder.mkdir(parents=True)
-    store = partial(_store, images, semantic, seed, size)
-    progress = partial(tqdm, total=count, desc=f"drawing {split}", unit="scene")
-    workers = (os.cpu_count() or 1) if workers is None else workers
-    if workers:
-        # fork, where there is one: spawned processes would import the caller's whole program (torch: 10 s each) first.
-        context = multiprocessing.get_context("fork" if sys.platform == "linux" else "spawn")
-        with context.Pool(min(workers, count), cv2.setNumThreads, (1,)) as pool:
-            records = list(progress(pool.imap(store, range(count), chunksize=8)))
-    else:
-        records = list(progress(map(store, range(count))))
-    names = [f"{index:06d}.jpg" for index in range(count)]
-    coco = {
-        "info": _info(count, seed, size),
-        "licenses": [],
-        "images": [{"id": i, "file_name": name, "height": size[0], "width": size[1]} for i, name in enumerate(names)],
-        "categories": [{"id": i + 1, "name": name} for i, name in enumerate(CLASSES)],
-    }
-    notes = [note for _, notes in records for note in notes]
-    people = []
-    for number, note in enumerate(notes, 1):
-        note["id"] = number
-        if note["category_id"] == 1:
-            people.append(dict(note))
-            del note["keypoints"], note["num_keypoints"]
-    person = {"id": 1, "name": "person", "keypoints": KEYPOINTS, "skeleton": SKELETON}
-    keypoints.write_text(json.dumps(coco | {"categories": [person], "annotations": people}))
-    instances.write_text(json.dumps(coco | {"annotations": notes}))
-    with labels.open("w", newline="") as file:
-        writer = csv.writer(file)
-        writer.writerow(["file_name", "label"])
-        writer.writerows(zip(names, (SCENE_CLASSES[label] for label, _ in records), strict=True))
-
-
-def _store(
-    images: Path, semantic: Path, seed: int, size: tuple[int, int], index: int
-) -> tuple[int, list[dict[str, Any]]]:
-    """Draw and save one scene; return its label and its COCO annotations."""
-    scene = draw(seed, index, size)
-    options = [cv2.IMWRITE_JPEG_QUALITY, 95]
-    picture = cv2.cvtColor(scene.image, cv2.COLOR_RGB2BGR)
-    if not cv2.imwrite(str(images / f"{index:06d}.jpg"), picture, options):
-        raise OSError(f"cannot write a picture to {images}")
-    if not cv2.imwrite(str(semantic / f"{index:06d}.png"), scene.semantic):
-        raise OSError(f"cannot write a picture to {semantic}")
-    notes = []
-    for thing in scene.instances:
-        code = rle.encode(np.asfortranarray(thing.mask, np.uint8))
-        note = {
-            "image_id": index,
-            "category_id": thing.category,
-            "iscrowd": 0,
-            "area": int(np.count_nonzero(thing.mask)),
-            "bbox": [float(value) for value in thing.box],
-            "segmentation": {"size": code["size"], "counts": code["counts"].decode()},
-        }
-        if thing.keypoints is not None:
-            note["keypoints"] = [round(float(value), 2) for value in thing.keypoints.ravel()]
-            note["num_keypoints"] = int(np.count_nonzero(thing.keypoints[:, 2]))
-        notes.append(note)
-    return scene.label, notes

@@ -10,6 +10,7 @@ import lightning as L
 import numpy as np
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from lightning.pytorch.loggers import TensorBoardLogger, WandbLogger
+from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
 from datamodules.drawing import grid, write_image
@@ -55,7 +56,7 @@ class Pictures(Callback):
 
 class Predictions(Callback):
     """Writes what `predict` found: `predictions/results.json` (COCO results, with file names) and overlay pictures, or
-    one overlay video.
+    one overlay video; and what `validate` and `test` judged: `predictions/val.json`, as COCO's own tools read it.
 
     Args:
         pictures: whether to draw overlays.
@@ -63,6 +64,23 @@ class Predictions(Callback):
 
     def __init__(self, pictures: bool = True) -> None:
         self.pictures = pictures
+
+    def on_validation_epoch_end(self, trainer: L.Trainer, task: Any) -> None:
+        if trainer.state.fn != TrainerFn.FITTING:
+            self.keep(trainer, task.metrics["val"], "val")
+
+    def on_test_epoch_end(self, trainer: L.Trainer, task: Any) -> None:
+        self.keep(trainer, task.metrics["test"], "test")
+
+    def keep(self, trainer: L.Trainer, metric: Any, split: str) -> None:
+        for part in metric.modules():
+            if hasattr(part, "results"):
+                results = part.results()  # by all processes
+                if trainer.is_global_zero and trainer.log_dir is not None:
+                    path = Path(trainer.log_dir) / "predictions" / f"{split}.json"
+                    path.parent.mkdir(parents=True, exist_ok=True)
+                    path.write_text(json.dumps(results))
+                    print(f"\n{len(results)} poses in COCO's results format: {path}", flush=True)
 
     def on_predict_start(self, trainer: L.Trainer, task: Any) -> None:
         self.dataset = trainer.datamodule.datasets["predict"]  # type: ignore[attr-defined]

@@ -9,8 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from datamodules import scenes
-from datamodules.rendered import Rendered
+from datamodules.rendered import Rendered, write
 from datamodules.transforms import PoseAugmentation
 from tasks.cli import main
 from tasks.pose import Pose
@@ -26,7 +25,7 @@ def cache(tmp_path_factory):
     """Root of a cache that `Rendered(root, train=TRAIN, val=VAL)` finds complete."""
     data = Rendered(str(tmp_path_factory.mktemp("rendered")), TRAIN, VAL)
     for seed, (split, count) in enumerate(data.counts.items()):
-        scenes.write(data.folder, split, count, seed, data.scene, workers=0)
+        write(data.folder, split, count, seed, data.scene, workers=0)
     return data.root
 
 

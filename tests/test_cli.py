@@ -1,18 +1,22 @@
 """The command line: what a run leaves behind, going on with it, predicting, and what it says to bad input."""
 
 import json
+import os
 import re
 import shutil
 import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import cv2
 import numpy as np
 import pytest
 import torch
 import yaml
+from pycocotools.coco import COCO
+from pycocotools.cocoeval import COCOeval
 
 from tasks.cli import CONFIGS, with_default_data
 
@@ -114,6 +118,28 @@ def test_evaluating_best_gives_the_numbers_of_fit(command, split, fitted, cli, s
     expected = evaluated(fitted, "val")
     assert {"AP", "AR", "PCK@0.2", "MAE", "loss", "score"} <= expected.keys()
     assert evaluated(run, split) == pytest.approx(expected, rel=1e-5, nan_ok=True)
+    written = json.loads((run.folder / "predictions" / f"{split}.json").read_text())
+    assert 0 < len(written) <= len(run.trainer.datamodule.datasets[split])
+
+
+@pytest.mark.skipif(not os.environ.get("HRNET_TEST_DATA"), reason="real data: set HRNET_TEST_DATA")
+@pytest.mark.parametrize("boxes", ["null", "test_coco_det_AP_H_56.json"], ids=["ground truth", "detector"])
+def test_validate_writes_what_pycocotools_judges_alike(boxes, cli, tmp_path):
+    root = Path(os.environ["HRNET_TEST_DATA"]) / "keypoint-formats" / "coco"
+    run = cli(
+        tmp_path,
+        *("validate", "--data=CocoKeypoints", f"--data.root={root}", "--data.val=test_coco.json"),
+        *("--data.val_images=.", f"--data.boxes={boxes}", "--data.size=[64,48]", "--data.workers=0"),
+        *("--model.backbone=w18_small_v1", "--trainer.enable_progress_bar=false", "--trainer.accelerator=cpu"),
+    )
+    truth = COCO(str(root / "test_coco.json"))
+    results = truth.loadRes(str(run.folder / "predictions" / "val.json"))
+    evaluation = COCOeval(truth, results, "keypoints")
+    evaluation.evaluate()
+    evaluation.accumulate()
+    evaluation.summarize()
+    names = ("AP", "AP50", "AP75", "APM", "APL", "AR", "AR50", "AR75", "ARM", "ARL")
+    assert [run.numbers[f"val/{name}"] for name in names] == pytest.approx(evaluation.stats[:10].tolist(), abs=1e-6)
 
 
 def test_flip_test_is_chosen_when_evaluating(fitted, cli, small, folder):

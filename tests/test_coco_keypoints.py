@@ -13,7 +13,8 @@ import pytest
 import torch
 
 from datamodules.checks import check_keypoints
-from datamodules.coco_keypoints import SIGMAS, CocoFile, CocoKeypoints, main, pairs_of, sigmas_of
+from datamodules.coco_file import SIGMAS, CocoFile, pairs_of, sigmas_of
+from datamodules.coco_keypoints import CocoKeypoints, main
 from datamodules.drawing import draw_keypoints
 from datamodules.metrics import KeypointAP, KeypointError
 from datamodules.transforms import DataError, PoseAugmentation, apply

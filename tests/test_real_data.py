@@ -17,7 +17,8 @@ from pycocotools.cocoeval import COCOeval
 from scipy.optimize import linear_sum_assignment
 
 from datamodules.checks import check_keypoints
-from datamodules.coco_keypoints import CocoFile, CocoKeypoints
+from datamodules.coco_file import CocoFile
+from datamodules.coco_keypoints import CocoKeypoints
 from datamodules.metrics import COCO_STATS, KeypointAP
 from datamodules.transforms import DataError, PoseAugmentation, apply, invert
 

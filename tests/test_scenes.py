@@ -10,7 +10,7 @@ import pytest
 from pycocotools import mask as rle
 from pycocotools.coco import COCO
 
-from datamodules import figures, scenes
+from datamodules import figures, rendered, scenes
 
 SIZE = (240, 320)
 
@@ -198,11 +198,11 @@ def test_statistics(drawn):
 
 @pytest.mark.parametrize("workers", [0, 2])
 def test_written_scenes_are_coco(tmp_path, workers, capsys):
-    scenes.write(tmp_path, "val", 6, seed=9, workers=workers)
+    rendered.write(tmp_path, "val", 6, seed=9, workers=workers)
     assert "drawing val" in capsys.readouterr().err
-    assert scenes.complete(tmp_path, "val", 6, 9)
-    assert not scenes.complete(tmp_path, "val", 6, 8)
-    assert not scenes.complete(tmp_path, "train", 6, 9)
+    assert rendered.complete(tmp_path, "val", 6, 9)
+    assert not rendered.complete(tmp_path, "val", 6, 8)
+    assert not rendered.complete(tmp_path, "train", 6, 9)
     every = COCO(tmp_path / "annotations" / "instances_val.json")
     pose = COCO(tmp_path / "annotations" / "person_keypoints_val.json")
     assert set(pose.anns) == {i for i, a in every.anns.items() if a["category_id"] == 1}
@@ -241,16 +241,16 @@ def test_interrupted_write_leaves_nothing(tmp_path, monkeypatch):
 
     monkeypatch.setattr(scenes, "draw", stop)
     with pytest.raises(KeyboardInterrupt):
-        scenes.write(tmp_path, "train", 4, seed=0, workers=0)
+        rendered.write(tmp_path, "train", 4, seed=0, workers=0)
     assert not (tmp_path / "train").exists()
     assert not any((tmp_path / "annotations").iterdir())
-    assert not scenes.complete(tmp_path, "train", 4, 0)
+    assert not rendered.complete(tmp_path, "train", 4, 0)
     monkeypatch.undo()
-    scenes.write(tmp_path, "train", 4, seed=0, workers=0)
-    assert scenes.complete(tmp_path, "train", 4, 0)
+    rendered.write(tmp_path, "train", 4, seed=0, workers=0)
+    assert rendered.complete(tmp_path, "train", 4, 0)
     # other arguments replace the old data as a whole
-    scenes.write(tmp_path, "train", 2, seed=1, workers=0)
-    assert scenes.complete(tmp_path, "train", 2, 1)
+    rendered.write(tmp_path, "train", 2, seed=1, workers=0)
+    assert rendered.complete(tmp_path, "train", 2, 1)
     assert len(list((tmp_path / "train").iterdir())) == 2
 
 
@@ -258,25 +258,25 @@ def test_second_writer_waits_and_draws_nothing(tmp_path, monkeypatch):
     draw, calls = scenes.draw, []
     monkeypatch.setattr(scenes, "draw", lambda *args: calls.append(args) or draw(*args))
     args = (tmp_path, "train", 5, 0, SIZE, 0)
-    threads = [threading.Thread(target=scenes.write, args=args) for _ in range(3)]
+    threads = [threading.Thread(target=rendered.write, args=args) for _ in range(3)]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
     assert len(calls) == 5
-    assert scenes.complete(*args[:5])
+    assert rendered.complete(*args[:5])
 
 
 def test_bad_folder_and_count(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(OSError, match=r"cannot write scenes to .*file"):
-        scenes.write(tmp_path / "file", "train", 1, seed=0)
+        rendered.write(tmp_path / "file", "train", 1, seed=0)
     with pytest.raises(ValueError, match="count"):
-        scenes.write(tmp_path, "train", 0, seed=0)
+        rendered.write(tmp_path, "train", 0, seed=0)
 
 
 def test_stored_files_are_plain_json(tmp_path):
-    scenes.write(tmp_path, "val", 1, seed=0, workers=0)
+    rendered.write(tmp_path, "val", 1, seed=0, workers=0)
     for path in (tmp_path / "annotations").glob("*.json"):
         data = json.loads(path.read_text())
         assert data["images"] == [{"id": 0, "file_name": "000000.jpg", "height": 240, "width": 320}]
