@@ -76,7 +76,7 @@ class Images(KeypointData):
 
     def _find(self) -> None:
         paths = [self.path] if isinstance(self.path, str) else self.path
-        files = sorted({Path(os.path.abspath(file)) for path in paths for file in _files(path)})
+        files = sorted({Path(os.path.abspath(file)) for path in paths for file in files_of(path)})
         if not files:
             raise DataError(f"{self.path}: no image found (of {', '.join(sorted(IMAGES))}); a video is given by itself")
         if any(file.suffix.lower() in VIDEOS for file in files):
@@ -179,7 +179,7 @@ class Images(KeypointData):
         return sorted(found, key=lambda instance: instance.image_id)  # a video is read in order
 
 
-def _files(path: str) -> list[Path]:
+def files_of(path: str) -> list[Path]:
     """The image files, or the one video, that `path` stands for."""
     place = Path(path).expanduser()
     if place.is_dir():

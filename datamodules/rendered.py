@@ -19,6 +19,7 @@ from tqdm import tqdm
 from datamodules import scenes
 from datamodules.base import Instance, KeypointData, Keypoints
 from datamodules.coco_file import CocoFile, pairs_of, sigmas_of
+from datamodules.image_folder import ImageFolder
 from datamodules.metrics import KeypointAP, KeypointError
 
 
@@ -48,18 +49,11 @@ class Rendered(KeypointData):
         self.root, self.counts, self.seed, self.scene = Path(root), {"train": train, "val": val}, seed, scene
 
     def prepare_data(self) -> None:
-        for number, (split, count) in enumerate(self.counts.items()):
-            # Another seed for each split: no scene of one is in the other.
-            seed = 2 * self.seed + number
-            if not complete(self.folder, split, count, seed, self.scene):
-                write(self.folder, split, count, seed, self.scene)
+        fill(self.folder, self.counts, self.seed, self.scene)
 
     @property
     def folder(self) -> Path:
-        """The cache of exactly these settings: other settings never overwrite it."""
-        height, width = self.scene
-        counts = f"{self.counts['train']}+{self.counts['val']}"
-        return self.root / f"v{scenes.VERSION}-{height}x{width}-{counts}-seed{self.seed}"
+        return cache(self.root, self.counts, self.seed, self.scene)
 
     def file(self, split: str) -> CocoFile:
         return CocoFile(self.folder / "annotations" / f"person_keypoints_{split}.json", self.folder / split)
@@ -71,6 +65,50 @@ class Rendered(KeypointData):
         instances = self.datasets[split].instances  # type: ignore[attr-defined]
         ap = KeypointAP(instances, self.file("val").content, self.facts.sigmas)
         return MetricCollection({"ap": ap, "error": KeypointError(instances)}, compute_groups=False)
+
+
+class RenderedLabels(ImageFolder):
+    """The same scenes, labelled by their kind: indoor, street, field, beach.
+
+    Args:
+        root, train, val, seed, scene: see `Rendered`.
+        **kwargs: see `ImageFolder`.
+    """
+
+    def __init__(
+        self,
+        root: str = "runs/data/rendered",
+        train: int = 2000,
+        val: int = 200,
+        seed: int = 0,
+        scene: tuple[int, int] = (240, 320),
+        **kwargs: Any,
+    ) -> None:
+        self.counts, self.seed, self.scene = {"train": train, "val": val}, seed, scene
+        self.folder = cache(Path(root), self.counts, seed, scene)
+        lists = "annotations/labels_train.csv", "annotations/labels_val.csv"
+        images = {"train": "train", "val": "val", "test": "val"}
+        super().__init__(str(self.folder), lists[0], lists[1], images=images, **kwargs)
+
+    def prepare_data(self) -> None:
+        fill(self.folder, self.counts, self.seed, self.scene)
+
+    def classes(self) -> list[str]:
+        return sorted(scenes.SCENE_CLASSES)  # known before anything is drawn
+
+
+def cache(root: Path, counts: dict[str, int], seed: int, scene: tuple[int, int]) -> Path:
+    """The folder of exactly these settings: other settings never overwrite it."""
+    height, width = scene
+    return root / f"v{scenes.VERSION}-{height}x{width}-{counts['train']}+{counts['val']}-seed{seed}"
+
+
+def fill(folder: Path, counts: dict[str, int], seed: int, scene: tuple[int, int]) -> None:
+    """Draw what is not there yet."""
+    for number, (split, count) in enumerate(counts.items()):
+        # Another seed for each split: no scene of one is in the other.
+        if not complete(folder, split, count, 2 * seed + number, scene):
+            write(folder, split, count, 2 * seed + number, scene)
 
 
 def write(

@@ -37,6 +37,29 @@ def read_image(path: str | Path) -> Array:
     return cv2.cvtColor(image, cv2.COLOR_BGR2RGB)
 
 
+def read_upright(path: str | Path) -> Array:
+    """RGB uint8 `[H, W, 3]` of an image file of any kind (grey, CMYK, palette, 16-bit, with alpha), turned as its EXIF
+    orientation says: for labels that do not depend on places.
+
+    Raises:
+        DataError: naming the file if it is missing, is no image, or is cut off.
+    """
+    from PIL import Image, ImageOps
+
+    try:
+        with Image.open(path) as file:
+            image = ImageOps.exif_transpose(file)
+            if image.mode.startswith(("I", "F")):  # Pillow would cut 16 bits off at 255
+                values = np.asarray(image).astype(np.float32)
+                values /= 257 if values.max() > 255 else 1
+                return np.repeat(values.round().clip(0, 255).astype(np.uint8)[..., None], 3, axis=2)
+            return np.array(image.convert("RGB"))
+    except FileNotFoundError:
+        raise DataError(f"{path}: cannot read the image (no such file); check the image folder") from None
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        raise DataError(f"{path}: broken or no image ({error}); copy it anew, or remove it") from None
+
+
 def _ends(data: bytes) -> bool:
     """Whether a JPEG or PNG has its end marker near its end; other formats pass."""
     if data[:2] == b"\xff\xd8":

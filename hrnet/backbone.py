@@ -4,6 +4,7 @@ Parameter names and initialisation are those of the official repositories, so th
 load without renaming.
 """
 
+import difflib
 import functools
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -314,7 +315,9 @@ def resolve(config: HRNetConfig | str | Mapping[str, Any]) -> HRNetConfig:
         return config
     if isinstance(config, str):
         if config not in PRESETS:
-            raise ValueError(f"unknown HRNet preset {config!r}; there are {', '.join(PRESETS)}")
+            near = difflib.get_close_matches(config, PRESETS, 3, 0.5)
+            hint = f"did you mean {' or '.join(near)}? " if near else ""
+            raise ValueError(f"unknown HRNet preset {config!r}; {hint}there are {', '.join(PRESETS)}")
         return PRESETS[config]
     return HRNetConfig(**config)
 

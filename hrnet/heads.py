@@ -138,11 +138,15 @@ class Classification(nn.Module):
         initialise(self, "kaiming")
 
     def forward(self, maps: list[Tensor]) -> Tensor:
+        return self.classifier(self.pooled(maps))
+
+    def pooled(self, maps: list[Tensor]) -> Tensor:
+        """`[B, 2048]`, what the classifier sees."""
         wide = [module(x) for module, x in zip(self.incre_modules, maps, strict=True)]
         y = wide[0]
         for down, x in zip(self.downsamp_modules, wide[1:], strict=True):
             y = x + down(y)
-        return self.classifier(self.final_layer(y).mean(dim=(2, 3)))
+        return self.final_layer(y).mean(dim=(2, 3))
 
 
 def concatenate(maps: list[Tensor], align_corners: bool) -> Tensor:

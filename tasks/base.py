@@ -12,8 +12,8 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from torch import Tensor, nn
 from torchmetrics import Metric, MetricCollection
 
-from hrnet import HRNet, HRNetConfig
-from hrnet.weights import InitFrom, WeightsError, grouped, load
+from hrnet import PRESETS, HRNet, HRNetConfig
+from hrnet.weights import InitFrom, WeightsError, config_of, grouped, is_source, load
 
 
 class Task(L.LightningModule):
@@ -22,7 +22,8 @@ class Task(L.LightningModule):
     A subclass says `loss(features, batch)` and `predict(features, batch)`, and `picture(batch, prediction, index)`.
 
     Args:
-        backbone: an `HRNetConfig`, or a preset's name such as "w48".
+        backbone: an `HRNetConfig`, a preset's name such as "w48", or pretrained weights, which tell the network:
+            `timm:<model name>`, a file or a URL.
         head: built by the subclass.
         maps: how many of the backbone's maps the head reads.
         init: official initialisation of the backbone, see `HRNet`.
@@ -50,7 +51,11 @@ class Task(L.LightningModule):
         channels_last: bool,
     ) -> None:
         super().__init__()
+        if isinstance(backbone, str) and backbone not in PRESETS and is_source(backbone):
+            init_from = init_from or InitFrom(backbone, part="backbone")
+            backbone = config_of(backbone)
         self.backbone = HRNet(backbone, maps, init)
+        self.origin: dict[str, str] | None = None  # of the weights that training started from
         self.optimizer, self.lr_scheduler, self.lr_interval = optimizer, lr_scheduler, lr_interval
         self.init_from = InitFrom(init_from) if isinstance(init_from, str) else init_from
         self.channels_last = channels_last
@@ -72,6 +77,7 @@ class Task(L.LightningModule):
             hparams["_instantiator"] = "lightning.pytorch.cli.instantiate_module"
         for key in [*ignore, "init_from"]:
             hparams.pop(key, None)
+        hparams["backbone"] = plain(self.backbone.config)  # not a name: the file it may stand for need not be there
         self.hparams.clear()
         self.save_hyperparameters(hparams)
         self._hparams_name = "kwargs"
@@ -90,10 +96,14 @@ class Task(L.LightningModule):
 
     def forward(self, image: Tensor) -> list[Tensor]:
         """The backbone's maps of images, uint8 RGB `[B, 3, H, W]`."""
-        x = (image.float() - self.mean) / self.std
+        x = self.normalised(image)
         if self.channels_last:
             x = x.contiguous(memory_format=torch.channels_last)
         return self.backbone(x)
+
+    def normalised(self, image: Tensor) -> Tensor:
+        """As the network expects it: 0..255 by mean and standard deviation."""
+        return (image.float() - self.mean) / self.std
 
     def training_step(self, batch: Any, index: int) -> Tensor:
         losses = self.loss(self(batch["image"]), batch)
@@ -145,8 +155,13 @@ class Task(L.LightningModule):
         for split in {"fit": ["val"], "validate": ["val"], "test": ["test"]}.get(stage, []):
             self.metrics[split] = data.metric(split)
         if self.init_from is not None:
-            rank_zero_info(load(self, self.init_from))
+            report = load(self, self.init_from)
+            rank_zero_info(report)
+            self.origin = {"path": report.path, "dialect": report.dialect, "sha256": report.hash}
             self.init_from = None  # once: a test after a fit must not start anew
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        checkpoint["origin"] = self.origin
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Refuse another network's checkpoint in a few words, before torch does in a hundred lines."""
@@ -159,6 +174,7 @@ class Task(L.LightningModule):
                 f"the checkpoint is of another model than this one: {len(alien)} of {len(own)} tensors differ "
                 f"({grouped(alien)}); give the configuration it was trained with, or start from it by init_from"
             )
+        self.origin = checkpoint.get("origin")
         if "loops" in checkpoint:
             finish_epoch(checkpoint["loops"]["fit_loop"])
 

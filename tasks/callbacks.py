@@ -38,15 +38,33 @@ class Pictures(Callback):
 
     on_test_batch_end = on_validation_batch_end  # type: ignore[assignment]
 
+    def on_validation_epoch_end(self, trainer: L.Trainer, task: Any) -> None:
+        if not trainer.sanity_checking:
+            self.save_metrics(trainer, task.metrics["val"], f"epoch_{trainer.current_epoch:03d}")
+
+    def on_test_epoch_end(self, trainer: L.Trainer, task: Any) -> None:
+        self.save_metrics(trainer, task.metrics["test"], "test")
+
+    def save_metrics(self, trainer: L.Trainer, metric: Any, name: str) -> None:
+        """What a metric can draw, such as a confusion matrix."""
+        for part in metric.modules():
+            picture = part.picture() if hasattr(part, "picture") else None  # by all processes
+            if picture is not None:
+                self.put(trainer, picture, f"{type(part).__name__.lower()}_{name}", type(part).__name__.lower())
+
     @rank_zero_only
     def save(self, trainer: L.Trainer, task: Any, batch: Any, outputs: Any, name: str) -> None:
+        picture = grid([task.picture(batch, outputs, i) for i in range(min(self.count, len(batch["image"])))])
+        self.put(trainer, picture, name, "first_batch" if outputs is None else "predictions")
+
+    @rank_zero_only
+    def put(self, trainer: L.Trainer, picture: Any, name: str, key: str) -> None:
+        """Beside the checkpoints, and to every logger that shows pictures."""
         if trainer.fast_dev_run or trainer.log_dir is None:  # type: ignore[attr-defined]
             return
-        picture = grid([task.picture(batch, outputs, i) for i in range(min(self.count, len(batch["image"])))])
         folder = Path(trainer.log_dir) / "pictures"
         folder.mkdir(parents=True, exist_ok=True)
         write_image(str(folder / f"{name}.jpg"), picture)
-        key = "first_batch" if outputs is None else "predictions"
         for logger in trainer.loggers:
             if isinstance(logger, WandbLogger):
                 logger.log_image(key, [picture], step=trainer.global_step)
@@ -101,20 +119,19 @@ class Predictions(Callback):
         for item in results:
             item["file_name"] = first[item["image_id"]].path
         (folder / "results.json").write_text(json.dumps(results))
-        print(f"\n{len(results)} poses in {len(first)} images: {folder / 'results.json'}", flush=True)
+        print(f"\n{len(results)} predictions in {len(first)} images: {folder / 'results.json'}", flush=True)
         if self.pictures:
             self.draw(task, results, first, folder)
 
     def draw(self, task: Any, results: list[dict[str, Any]], first: dict[int, Any], folder: Path) -> None:
-        """Overlays of every image, also of those without a pose; frames of a video as one video."""
+        """Overlays of every image, also of those where nothing was found; frames of a video as one video."""
         found = defaultdict(list)
         for item in results:
-            found[item["image_id"]].append(np.array(item["keypoints"]).reshape(-1, 3))
+            found[item["image_id"]].append(item)
         video, taken = None, set()
         for image_id in sorted(first):
             instance = first[image_id]
-            poses = np.array(found[image_id]).reshape(len(found[image_id]), -1, 3)
-            image = task.draw(self.dataset.read(instance), {"keypoints": poses[..., :2], "score": poses[..., 2]})
+            image = task.overlay(self.dataset.read(instance), found[image_id])
             if "#" in instance.path:
                 if video is None:
                     code, size = cv2.VideoWriter.fourcc(*"mp4v"), image.shape[1::-1]

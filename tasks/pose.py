@@ -209,6 +209,11 @@ class Pose(Task):
             image = draw_keypoints(image, keypoints, score > threshold, self.skeleton_facts, radius)
         return image
 
+    def overlay(self, image: np.ndarray, items: list[dict[str, Any]]) -> np.ndarray:
+        """`image` with the poses of `collector`'s items."""
+        poses = np.array([item["keypoints"] for item in items]).reshape(len(items), -1, 3)
+        return self.draw(image, {"keypoints": poses[..., :2], "score": poses[..., 2]})
+
 
 class ArrayCrops(KeypointDataset):
     """Crops of an image that is in memory already."""

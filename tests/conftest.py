@@ -66,13 +66,13 @@ class Run:
         self.numbers = {k: float(v) for k, v in cli.trainer.callback_metrics.items()}
 
 
-def call(folder, *args):
-    """Run the pose command line in this process, with `folder` as working directory and its runs below it."""
+def call(folder, *args, task=Pose):
+    """Run a task's command line in this process, with `folder` as working directory and its runs below it."""
     before, where, printed = list(sys.argv), Path.cwd(), io.StringIO()
     try:
         os.chdir(folder)
         with contextlib.redirect_stdout(printed):
-            return Run(main(Pose, args=[str(a) for a in args]), printed)
+            return Run(main(task, args=[str(a) for a in args]), printed)
     finally:
         os.chdir(where)
         sys.argv[:] = before

@@ -238,7 +238,7 @@ def test_predict_writes_poses_and_overlays(fitted, cli, folder, photos):
     overlays = sorted((run.folder / "predictions").glob("*.jpg"))
     assert len(overlays) == 3
     assert {cv2.imread(str(p)).shape for p in overlays} == {(240, 320, 3), (333, 640, 3)}
-    assert "3 poses in 3 images" in run.printed
+    assert "3 predictions in 3 images" in run.printed
 
 
 def test_predict_takes_boxes(fitted, cli, folder, photos, tmp_path):

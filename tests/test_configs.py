@@ -10,14 +10,17 @@ from inspect import signature
 
 import numpy as np
 import pytest
+import timm
 import yaml
 
 from datamodules.coco_keypoints import CocoKeypoints
+from datamodules.image_folder import ImageFolder
 from datamodules.mpii import Mpii
 from tasks.cli import CONFIGS, main
 
+OVERLAYS = ("logging", "experiments")
 NOT_ALONE = ("default.yaml", "predict.yaml")  # layers below or beside the others; tests/test_cli.py uses them
-RECIPES = [p for p in sorted(CONFIGS.glob("*/*.yaml")) if p.name not in NOT_ALONE and p.parent.name != "logging"]
+RECIPES = [p for p in sorted(CONFIGS.glob("*/*.yaml")) if p.name not in NOT_ALONE and p.parent.name not in OVERLAYS]
 
 
 def coco(data, config, root):
@@ -45,7 +48,17 @@ def mpii(data, config, root):
     shutil.copytree(data.file("val").images, root / "images")
 
 
-LAYOUTS = {"CocoKeypoints": coco, "Mpii": mpii}
+def image_folder(data, config, root):
+    """The drawn pictures as two classes."""
+    images = sorted(data.file("val").images.iterdir())
+    for i, image in enumerate(images):
+        for split in ("train", "val"):
+            folder = root / split / "ab"[i % 2]
+            folder.mkdir(parents=True, exist_ok=True)
+            shutil.copy(image, folder)
+
+
+LAYOUTS = {"CocoKeypoints": coco, "Mpii": mpii, "ImageFolder": image_folder}
 
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda p: f"{p.parent.name}/{p.stem}")
@@ -65,11 +78,13 @@ def test_recipe(path, rendered, tmp_path, monkeypatch):
     small = ["--data.batch_size=2", "--data.eval_batch_size=2", "--data.workers=0"]
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("sys.argv", ["test"])
+    monkeypatch.setattr("hrnet.weights.timm_model", lambda name: timm.create_model(name).eval())  # not downloaded here
     run = main(next(t for t in tasks if hasattr(t, "facts")), ["fit", f"--config={path}", *data, *small, *quick])
     assert run.trainer.global_step == 1
     loss, batch = run.trainer.callback_metrics["train/loss"], next(iter(run.datamodule.train_dataloader()))
     assert loss.isfinite()
-    assert batch["image"].shape[-2:] == tuple(config["data"]["init_args"]["size"])
+    size = config["data"]["init_args"]["size"]
+    assert batch["image"].shape[-2:] == (tuple(size) if isinstance(size, list) else (size, size))
     for key in ("lr", "weight_decay"):  # what the recipe says is what the optimiser has
         said = run.config.fit.model.optimizer.init_args[key]
         assert run.trainer.optimizers[0].defaults[key] == said
@@ -92,4 +107,4 @@ def test_published_recipes_are_there_and_say_what_is_published():
 
 
 def test_layouts_are_of_data_modules():
-    assert {CocoKeypoints.__name__, Mpii.__name__} == LAYOUTS.keys()
+    assert {CocoKeypoints.__name__, Mpii.__name__, ImageFolder.__name__} == LAYOUTS.keys()

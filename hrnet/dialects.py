@@ -1,0 +1,186 @@
+"""How others name the tensors of an HRNet: one table a code base, read in both directions.
+
+Ours are `backbone.*` with the official names of the trunk, and `head.*` with the official names of the head. A table's
+`{}` stands for a number.
+"""
+
+import re
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+TRUNK = (
+    *("conv1.", "bn1.", "conv2.", "bn2.", "layer1.", "transition1.", "transition2.", "transition3."),
+    *("stage2.", "stage3.", "stage4."),
+)
+
+WITH_BIAS = (
+    *("head.downsamp_modules.{}.0", "head.final_layer.0", "head.last_layer.0", "head.conv3x3_ocr.0"),
+    "head.aux_head.0",
+)
+"""Convolutions before a batch norm that have a bias in the official heads, and none in OpenMMLab's and timm's SSLD."""
+
+
+@dataclass(frozen=True)
+class Dialect:
+    """Names of one code base.
+
+    Attributes:
+        pairs: prefixes of ours and of theirs; the first that fits is taken.
+        biases: whether its heads have the biases of WITH_BIAS; where not, they are folded into the batch norm's mean.
+    """
+
+    pairs: tuple[tuple[str, str], ...]
+    biases: bool = True
+
+
+def convolutions(ours: str, theirs: str, convolution: str = "0", norm: str = "1") -> tuple[tuple[str, str], ...]:
+    """A Conv-BN pair, `.0` and `.1` in ours, `.conv` and `.bn` in OpenMMLab's."""
+    return ((f"{ours}.{convolution}.", f"{theirs}.conv."), (f"{ours}.{norm}.", f"{theirs}.bn."))
+
+
+PLAIN = tuple((f"backbone.{name}", name) for name in TRUNK)
+MM = (("backbone.", "backbone."),)
+CONTEXT = "decode_head.1.object_context_block"
+OURS = "head.ocr_distri_head.object_context_block"
+
+DIALECTS = {
+    "hrnet": Dialect((("backbone.", "backbone."), ("head.", "head."))),
+    # The official pose and classification code, and timm, whose names are the same.
+    "official": Dialect((*PLAIN, ("head.", ""))),
+    "timm": Dialect((*PLAIN, ("head.", ""))),
+    # The official segmentation code trains a wrapper that holds the network as `model`.
+    "official-segmentation": Dialect((*((a, f"model.{b}") for a, b in PLAIN), ("head.", "model."))),
+    # The official face alignment code calls the layers of our last_layer `head`.
+    "official-face": Dialect((*PLAIN, ("head.last_layer.", "head."))),
+    "official-detection": Dialect((*MM, ("head.", "neck."))),
+    "maskrcnn-benchmark": Dialect((("backbone.", "backbone.body."), ("head.", "backbone.neck."))),
+    "fcos": Dialect((("backbone.", "backbone.body."), ("head.", "backbone.fpn."))),
+    "mmpretrain": Dialect(
+        (
+            *MM,
+            ("head.incre_modules.{}.0.", "neck.0.increase_layers.{}.0."),
+            *convolutions("head.downsamp_modules.{}", "neck.0.downsample_layers.{}"),
+            *convolutions("head.final_layer", "neck.0.final_layer"),
+            ("head.classifier.", "head.fc."),
+        ),
+        biases=False,
+    ),
+    "mmpose": Dialect((*MM, ("head.", "head."))),
+    "mmpose-0": Dialect((*MM, ("head.", "keypoint_head."))),
+    "mmseg": Dialect(
+        (
+            *MM,
+            *convolutions("head.last_layer", "decode_head.convs.0"),
+            ("head.last_layer.3.", "decode_head.conv_seg."),
+        ),
+        biases=False,
+    ),
+    "mmseg-ocr": Dialect(
+        (
+            *MM,
+            *convolutions("head.aux_head", "decode_head.0.convs.0"),
+            ("head.aux_head.3.", "decode_head.0.conv_seg."),
+            *convolutions("head.conv3x3_ocr", "decode_head.1.bottleneck"),
+            *convolutions(f"{OURS}.f_pixel", f"{CONTEXT}.query_project.0", "0", "1.0"),
+            *convolutions(f"{OURS}.f_pixel", f"{CONTEXT}.query_project.1", "2", "3.0"),
+            *convolutions(f"{OURS}.f_object", f"{CONTEXT}.key_project.0", "0", "1.0"),
+            *convolutions(f"{OURS}.f_object", f"{CONTEXT}.key_project.1", "2", "3.0"),
+            *convolutions(f"{OURS}.f_down", f"{CONTEXT}.value_project", "0", "1.0"),
+            *convolutions(f"{OURS}.f_up", f"{CONTEXT}.out_project", "0", "1.0"),
+            *convolutions("head.ocr_distri_head.conv_bn_dropout", f"{CONTEXT}.bottleneck", "0", "1.0"),
+            ("head.cls_head.", "decode_head.1.conv_seg."),
+        ),
+        biases=False,
+    ),
+    "mmdet": Dialect(
+        (
+            *MM,
+            ("head.reduction_conv.0.", "neck.reduction_conv.conv."),
+            ("head.fpn_conv.{}.", "neck.fpn_convs.{}.conv."),
+        )
+    ),
+}
+
+SIGNS = (  # the first of which a key begins with the sign tells the dialect
+    ("neck.0.increase_layers.", "mmpretrain"),
+    ("decode_head.0.", "mmseg-ocr"),
+    ("decode_head.", "mmseg"),
+    ("keypoint_head.", "mmpose-0"),
+    ("neck.reduction_conv.conv.", "mmdet"),
+    ("neck.reduction_conv.0.", "official-detection"),
+    ("backbone.neck.", "maskrcnn-benchmark"),
+    ("backbone.fpn.", "fcos"),
+    ("backbone.body.", "maskrcnn-benchmark"),
+    ("backbone.stage2.", "hrnet"),  # mmpose 1.x has the same names
+    ("model.stage2.", "official-segmentation"),
+    ("head.0.", "official-face"),
+    ("stage2.", "official"),
+)
+
+
+def recognise(keys: list[str]) -> str | None:
+    """The dialect that these names are of, or None if they are of no HRNet."""
+    if not any("stage2.0.branches." in key for key in keys):
+        return None
+    return next((name for sign, name in SIGNS if any(key.startswith(sign) for key in keys)), None)
+
+
+def renamed(key: str, pairs: list[tuple[str, str]]) -> str | None:
+    """`key` with its prefix exchanged by the first pair that fits, or None."""
+    for source, target in pairs:
+        found = re.match(re.escape(source).replace(r"\{\}", r"(\d+)"), key)
+        if found:
+            return target.format(*found.groups()) + key[found.end() :]
+    return None
+
+
+def from_dialect(state: dict[str, Tensor], name: str) -> tuple[dict[str, Tensor], list[str]]:
+    """Tensors under our names, and the names that the dialect's table does not know.
+
+    Where the dialect's heads lack a bias, it is put in as zeros.
+    """
+    pairs = [(theirs, ours) for ours, theirs in DIALECTS[name].pairs]
+    found: dict[str, Tensor] = {}
+    unknown = []
+    for key, value in state.items():
+        new = renamed(key, pairs)
+        if new is None:
+            unknown.append(key)
+        else:
+            found[new] = value
+    for weight in [k for k in found if k.endswith(".weight")]:
+        module = weight.removesuffix(".weight")
+        if has_bias(module) and found[weight].ndim == 4:
+            found.setdefault(f"{module}.bias", torch.zeros(len(found[weight]), dtype=found[weight].dtype))
+    return found, unknown
+
+
+def to_dialect(state: dict[str, Tensor], name: str) -> tuple[dict[str, Tensor], list[str]]:
+    """Tensors under a dialect's names, and our names that it has no place for.
+
+    Where its heads lack a bias, it is subtracted from the mean of the batch norm behind, which is the same function.
+    """
+    state = dict(state)
+    biases = [k for k in state if k.endswith(".bias") and has_bias(k.removesuffix(".bias")) and ".0.bias" in k]
+    # timm's SSLD models have no such biases: read, they are zeros.
+    if not DIALECTS[name].biases or (name == "timm" and not any(state[k].any() for k in biases)):
+        for key in biases:
+            mean = key.removesuffix("0.bias") + "1.running_mean"
+            if mean in state:
+                state[mean] = state[mean] - state.pop(key)
+    found: dict[str, Tensor] = {}
+    unknown = []
+    for key, value in state.items():
+        new = renamed(key, list(DIALECTS[name].pairs))
+        if new is None:
+            unknown.append(key)
+        else:
+            found[new] = value
+    return found, unknown
+
+
+def has_bias(module: str) -> bool:
+    """Whether this is one of the convolutions WITH_BIAS."""
+    return any(re.fullmatch(re.escape(p).replace(r"\{\}", r"\d+"), module) for p in WITH_BIAS)
