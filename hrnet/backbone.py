@@ -185,7 +185,7 @@ class Module(nn.Module):
         # A fixed factor and a crop, instead of a fit to `size`: sizes that 32 does not divide then see the same
         # function as their zero-padded image, not a slightly stretched one.
         x = F.interpolate(x, scale_factor=factor, mode="nearest")
-        return x if x.shape[-2:] == size else x[..., : size[0], : size[1]]
+        return x[..., : size[0], : size[1]]
 
 
 class HRNet(L.LightningModule):

@@ -22,6 +22,8 @@ from datamodules.base import DataModule
 from datamodules.transforms import DataError
 from hrnet.weights import WeightsError
 from tasks.base import Task
+from tasks.export import main as export
+from tasks.export import run_by, settings
 
 CONFIGS = Path(__file__).parent.parent / "configs"
 
@@ -71,7 +73,9 @@ class CLI(LightningCLI):
         if config.get("ckpt_path") in ("last", "best"):
             config.ckpt_path = str(find_checkpoint(root, config.ckpt_path))
             rank_zero_info(f"checkpoint: {config.ckpt_path}")
-        if config.get("ckpt_path"):
+        if str(config.get("ckpt_path")).endswith(".onnx"):
+            pass  # read in _parse_ckpt_path
+        elif config.get("ckpt_path"):
             check_checkpoint(Path(config.ckpt_path))
             config.model.init_from = None  # the checkpoint's weights are all there is to load
         elif self.config.subcommand != "fit" and config.get("model.init_from") is None:
@@ -80,6 +84,14 @@ class CLI(LightningCLI):
             check_writable(root)
 
     def _parse_ckpt_path(self) -> None:
+        command = self.config.subcommand
+        self.exported = self.config[command].get("ckpt_path") or ""
+        if self.exported.endswith(".onnx"):
+            if command == "fit":
+                raise WeightsError(f"{self.exported}: an exported network does not learn; fit from the checkpoint")
+            self.config[command].ckpt_path = None
+            self.config = self.parser.parse_object({command: {"model": settings(self.exported)}}, self.config)
+            return
         super()._parse_ckpt_path()
         given = [a.split("=")[0].removeprefix("--model.") for a in sys.argv if a.startswith("--model.")]
         path = self.config[self.config.subcommand].get("ckpt_path")
@@ -99,6 +111,8 @@ class CLI(LightningCLI):
             while isinstance(cause.__cause__, ValueError | OSError):
                 cause = cause.__cause__
             raise cause if isinstance(cause, REFUSALS) else SettingError(cause) from error
+        if self.exported.endswith(".onnx"):
+            run_by(self.model, self.exported)
 
     @property
     def task(self) -> str:
@@ -195,7 +209,11 @@ def main(task: type[Task], args: list[str] | None = None) -> CLI:
         raise SystemExit(f"{CONFIGS} is missing: install from a clone, with `pip install -e .`")
     layers = [str(CONFIGS / "default.yaml"), str(CONFIGS / name / "default.yaml")]
     try:
-        sys.argv[1:] = with_default_data(name, sys.argv[1:] if args is None else list(args))
+        given = sys.argv[1:] if args is None else list(args)
+        if given[:1] == ["export"]:
+            export(task, given[1:])
+            raise SystemExit
+        sys.argv[1:] = with_default_data(name, given)
         return CLI(
             task,
             DataModule,
