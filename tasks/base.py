@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from torchmetrics import Metric, MetricCollection
 
 from hrnet import PRESETS, HRNet, HRNetConfig
-from hrnet.weights import InitFrom, WeightsError, config_of, grouped, is_source, load
+from hrnet.checkpoints import WeightsError, config_of, grouped, is_source
+from hrnet.weights import InitFrom, load
 
 
 class Task(L.LightningModule):
@@ -157,6 +158,9 @@ class Task(L.LightningModule):
         if self.init_from is not None:
             report = load(self, self.init_from)
             rank_zero_info(report)
+            if report.protocol:
+                said = " ".join(f"--{k} {str(v).replace(' ', '').lower()}" for k, v in report.protocol.items())
+                rank_zero_info(f"{report.path} was trained with {said}; other settings give worse numbers")
             self.origin = {"path": report.path, "dialect": report.dialect, "sha256": report.hash}
             self.init_from = None  # once: a test after a fit must not start anew
 

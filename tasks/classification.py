@@ -18,8 +18,9 @@ from torchvision.transforms import v2
 from datamodules.image_folder import Labelled, centre
 from datamodules.transforms import Array, read_upright
 from hrnet import PRESETS, HRNetConfig
+from hrnet.checkpoints import timm_model
 from hrnet.heads import Classification as ClassificationHead
-from hrnet.weights import InitFrom, timm_model
+from hrnet.weights import InitFrom
 from tasks.base import Task
 from tasks.cli import main
 

@@ -20,7 +20,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 import datamodules
 from datamodules.base import DataModule
 from datamodules.transforms import DataError
-from hrnet.weights import WeightsError
+from hrnet.checkpoints import WeightsError
 from tasks.base import Task
 from tasks.export import main as export
 from tasks.export import run_by, settings

@@ -15,7 +15,7 @@ import lightning as L
 import torch
 from torch import Tensor, nn
 
-from hrnet.weights import WeightsError
+from hrnet.checkpoints import WeightsError
 from tasks.base import Task
 
 LIMIT = 1e-4  # relative error at which an exported file is not given out

@@ -18,10 +18,11 @@ from datamodules.drawing import draw_keypoints, heatmap_overlay
 from datamodules.metrics import KeypointAP
 from datamodules.transforms import read_image
 from hrnet import PRESETS, HRNetConfig
+from hrnet.checkpoints import WeightsError
 from hrnet.codecs import Heatmap
 from hrnet.heads import HRNetV1
 from hrnet.losses import JointsMSE
-from hrnet.weights import InitFrom, WeightsError
+from hrnet.weights import InitFrom
 from tasks.base import Task
 from tasks.cli import main
 

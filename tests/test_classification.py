@@ -12,8 +12,9 @@ import torch.nn.functional as F
 from torch.utils.data import default_collate
 
 from datamodules.rendered import RenderedLabels
-from hrnet import PRESETS, HRNetConfig, weights
-from hrnet.weights import InitFrom, WeightsError
+from hrnet import PRESETS, HRNetConfig, checkpoints
+from hrnet.checkpoints import WeightsError
+from hrnet.weights import InitFrom
 from tasks.classification import Classification
 from tasks.cli import CONFIGS
 from tasks.schedules import WarmupCosine
@@ -126,7 +127,7 @@ def test_warm_up_and_cosine():
 def test_backbone_by_file_or_timm_name(tmp_path, monkeypatch):
     theirs = timm.create_model("hrnet_w18_small", num_classes=10)
     torch.save(theirs.state_dict(), tmp_path / "a.pth")
-    monkeypatch.setattr("hrnet.weights.timm_model", lambda name: theirs)
+    monkeypatch.setattr("hrnet.checkpoints.timm_model", lambda name: theirs)
     for name in (str(tmp_path / "a.pth"), "timm:hrnet_w18_small.gluon_in1k"):
         task = build(backbone=name)
         assert task.backbone.config == PRESETS["w18_small_v1"]
@@ -143,7 +144,7 @@ def test_timm_names(monkeypatch):
     with pytest.raises(ValueError, match=r"unknown HRNet preset 'w23'.*w32"):
         build(backbone="timm:hrnet_w23")
     with pytest.raises(WeightsError, match=r"no pretrained 'hrnet_w33\.ms_in1k'; near it: .*hrnet_w32\.ms_in1k"):
-        weights.read("timm:hrnet_w33.ms_in1k")
+        checkpoints.read("timm:hrnet_w33.ms_in1k")
 
 
 def test_without_network_it_says_what_to_download(monkeypatch):
@@ -152,10 +153,10 @@ def test_without_network_it_says_what_to_download(monkeypatch):
 
     monkeypatch.setattr(timm, "create_model", fail)
     with pytest.raises(WeightsError, match=r"download model\.safetensors from https://huggingface\.co/timm/hrnet_w32"):
-        weights.read("timm:hrnet_w32.ms_in1k")
+        checkpoints.read("timm:hrnet_w32.ms_in1k")
     monkeypatch.setattr(torch.hub, "download_url_to_file", fail)
     with pytest.raises(WeightsError, match=r"download it by other means to .*a\.pth"):
-        weights.read("https://nowhere.invalid/a.pth?x=1")
+        checkpoints.read("https://nowhere.invalid/a.pth?x=1")
 
 
 # The command line

@@ -78,7 +78,9 @@ def test_recipe(path, rendered, tmp_path, monkeypatch):
     small = ["--data.batch_size=2", "--data.eval_batch_size=2", "--data.workers=0"]
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("sys.argv", ["test"])
-    monkeypatch.setattr("hrnet.weights.timm_model", lambda name: timm.create_model(name).eval())  # not downloaded here
+    monkeypatch.setattr(
+        "hrnet.checkpoints.timm_model", lambda name: timm.create_model(name).eval()
+    )  # not downloaded here
     run = main(next(t for t in tasks if hasattr(t, "facts")), ["fit", f"--config={path}", *data, *small, *quick])
     assert run.trainer.global_step == 1
     loss, batch = run.trainer.callback_metrics["train/loss"], next(iter(run.datamodule.train_dataloader()))

@@ -10,9 +10,10 @@ from safetensors.torch import load_file
 from torch import nn
 
 from hrnet import PRESETS, HRNet, HRNetConfig
+from hrnet.checkpoints import WeightsError, read
 from hrnet.dialects import DIALECTS, from_dialect, recognise, to_dialect
 from hrnet.heads import Classification, HRNetV1, HRNetV2, HRNetV2p
-from hrnet.weights import InitFrom, WeightsError, load, main, read, write
+from hrnet.weights import InitFrom, load, main, write
 
 TINY = HRNetConfig(8, modules=(1, 2, 2), blocks=1, stem=(1, 8))
 HEADS = {
@@ -167,6 +168,26 @@ def test_plain_data_of_openmmlab_is_read(tmp_path):
     meta = {"dataset_meta": {"sigmas": np.array([0.1, 0.2]), "flip": np.array([1, 0])}, "seed": np.float64(3)}
     torch.save({"state_dict": state, "meta": meta}, tmp_path / "a.pth")
     assert read(tmp_path / "a.pth").head == "pose"
+
+
+@pytest.mark.parametrize(
+    ("codec", "expected"),
+    [
+        ("type='MSRAHeatmap', input_size=(192, 256), heatmap_size=(48, 64), sigma=2", ("quantised", "quarter", False)),
+        ("type='MSRAHeatmap', input_size=(192, 256), sigma=2, unbiased=True", ("subpixel", "dark", False)),
+        ("type='UDPHeatmap', input_size=(192, 256), heatmap_size=(48, 64), sigma=2", ("udp", "dark", True)),
+    ],
+)
+def test_protocol_of_mmpose(codec, expected, tmp_path):
+    """Its checkpoints carry their configuration as text."""
+    state, _ = to_dialect(Net("pose").state_dict(), "mmpose")
+    torch.save({"state_dict": state, "meta": {"cfg": f"codec = dict({codec})\nmodel = dict()"}}, tmp_path / "a.pth")
+    file = read(tmp_path / "a.pth")
+    names = ("model.codec.encoding", "model.codec.decoding", "data.udp")
+    assert tuple(file.protocol[name] for name in names) == expected
+    assert file.protocol["data.size"] == [256, 192]
+    assert file.protocol["model.codec.sigma"] == 2
+    assert f"--model.codec.encoding {expected[0]}" in str(file)
 
 
 class Bomb:

@@ -9,9 +9,9 @@ import pytest
 import torch
 
 from hrnet import HRNetConfig
+from hrnet.checkpoints import WeightsError
 from hrnet.codecs import Heatmap
 from hrnet.heads import HRNetV2
-from hrnet.weights import WeightsError
 from tasks.classification import Classification
 from tasks.export import export
 from tasks.pose import Pose

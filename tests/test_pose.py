@@ -13,10 +13,11 @@ from torch.utils.data import default_collate
 from datamodules.base import KeypointDataset
 from datamodules.transforms import DataError
 from hrnet import PRESETS, HRNetConfig
+from hrnet.checkpoints import WeightsError
 from hrnet.codecs import Heatmap
 from hrnet.heads import HRNetV1, HRNetV2
 from hrnet.losses import JointsMSE
-from hrnet.weights import InitFrom, WeightsError
+from hrnet.weights import InitFrom
 from tasks.pose import COCO, Pose, to_image
 
 TINY = HRNetConfig(8, modules=(1, 1, 1), blocks=1, stem=(1, 16))

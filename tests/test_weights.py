@@ -11,8 +11,9 @@ from safetensors.torch import save_file
 from torch import nn
 
 from hrnet import HRNet, HRNetConfig
+from hrnet.checkpoints import WeightsError, read
 from hrnet.heads import Classification, HRNetV1, HRNetV2
-from hrnet.weights import InitFrom, WeightsError, load, read
+from hrnet.weights import InitFrom, load
 
 SMALL = HRNetConfig(4, modules=(1, 2, 2), blocks=1, stem=(1, 8))
 TRUNK = ("conv1.", "bn1.", "conv2.", "bn2.", "layer1.", "transition", "stage")
