@@ -128,6 +128,13 @@ def check_keypoints(
             report.notes.append(f"{visible - in_image} of {visible} labelled keypoints lie outside their image")
         if hidden == visible:
             report.notes.append("no keypoint has v=2: with `hidden: ignore` nothing would be learned")
+    elif content["annotations"] and not report.faults:
+        report.add("no annotation has a labelled keypoint: nothing to learn or to evaluate", str(path))
+    wrong = sorted(
+        {tuple(e) for c in content["categories"] for e in c.get("skeleton") or [] if not _in(e, len(facts.names))}
+    )
+    if wrong:
+        report.notes.append(f"skeleton {wrong} is not between 1 and {len(facts.names)} (COCO counts from 1): not drawn")
     if not sizes or not content["annotations"]:
         report.add("an empty data set: no images or no annotations", str(path))
     return report
@@ -191,6 +198,10 @@ def _check_instance(
             f"{name} (num_keypoints {a['num_keypoints']})",
             i,
         )
+
+
+def _in(pair: Any, count: int) -> bool:
+    return len(pair) == 2 and all(0 < end <= count for end in pair)
 
 
 def _within(points: np.ndarray, x: float, y: float, w: float, h: float) -> np.ndarray:

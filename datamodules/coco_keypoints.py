@@ -101,6 +101,8 @@ class CocoKeypoints(KeypointData):
             rank_zero_warn(note)
         file.content["annotations"] = [a for i, a in enumerate(file.content["annotations"]) if i not in report.faulty]
         if split != "train":  # said, since the two APs are not comparable
+            if split == "test" and self.paths["test"] == self.paths["val"]:
+                rank_zero_info("no test split is named: the validation split is tested")
             rank_zero_info(f"boxes of {split}: {self.boxes or 'ground truth'}")
         if split != "train" and self.boxes is not None:
             return file.detections(self.root / self.boxes, self.box_threshold)

@@ -1,5 +1,7 @@
 """Pictures of labels and predictions."""
 
+from collections.abc import Sequence
+
 import cv2
 import numpy as np
 
@@ -44,6 +46,15 @@ def heatmap_overlay(image: np.ndarray, heatmap: np.ndarray) -> np.ndarray:
     values = cv2.resize(values, (image.shape[1], image.shape[0]), interpolation=cv2.INTER_LINEAR)
     colours = cv2.cvtColor(cv2.applyColorMap(values, cv2.COLORMAP_JET), cv2.COLOR_BGR2RGB)
     return cv2.addWeighted(image, 0.5, colours, 0.5, 0)
+
+
+def write_text(image: np.ndarray, text: str, place: Sequence[float], size: float = 1.0) -> None:
+    """White letters with a dark edge on `image`, their lower left corner at `place` (x, y)."""
+    at = (round(float(place[0])), round(float(place[1])))
+    for ink, width in (((0, 0, 0), 3), ((255, 255, 255), 1)):
+        cv2.putText(
+            image, text, at, cv2.FONT_HERSHEY_SIMPLEX, 0.45 * size, ink, max(1, round(width * size)), cv2.LINE_AA
+        )
 
 
 def grid(pictures: list[np.ndarray], columns: int = 2) -> np.ndarray:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from lightning.pytorch.utilities.rank_zero import rank_zero_warn
+from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from numpy.typing import NDArray
 from PIL import Image
 
@@ -115,6 +115,7 @@ class Images(KeypointData):
     def instances(self, split: str) -> list[Instance]:
         if self.boxes is not None:
             return self._boxed(Path(self.boxes))
+        rank_zero_info("no boxes are given: each whole picture is taken as one box, which fits pictures of one person")
         return [self._instance(i, [0, 0, *self._size(i)]) for i in self.files]
 
     def _size(self, image_id: int) -> tuple[int, int]:

@@ -77,7 +77,7 @@ def _read_all(path: str | Path) -> None:
         with Image.open(path) as image:
             image.load()
     except (OSError, SyntaxError) as error:
-        raise DataError(f"{path}: broken or truncated image ({error}); copy it anew, or remove its record") from None
+        raise DataError(f"{path}: broken or truncated image ({error}); copy it anew, or leave it out") from None
 
 
 def crop_of_box(box: Array, size: tuple[int, int], padding: float = 1.25) -> tuple[Array, Array]:

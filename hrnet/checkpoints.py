@@ -184,8 +184,17 @@ def from_file(path: Path, trust: bool) -> Any:
             from safetensors.torch import load_file
 
             return load_file(path)
+        with path.open("rb") as file:
+            start = file.read(40)
+        if not start.startswith((b"PK", b"\x80")):
+            hint = (
+                "a pointer of Git LFS: run `git lfs pull`" if b"git-lfs" in start else f"it begins with {start[:20]!r}"
+            )
+            raise WeightsError(f"{path}: no checkpoint of torch; {hint}")
         with torch.serialization.safe_globals(NUMPY):
             return torch.load(path, map_location="cpu", weights_only=not trust)
+    except WeightsError:
+        raise
     except pickle.UnpicklingError as error:
         reason = next(
             (line.strip() for line in str(error).splitlines() if "GLOBAL" in line), str(error).splitlines()[0]

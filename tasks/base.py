@@ -46,7 +46,7 @@ class Task(L.LightningModule):
         optimizer: OptimizerCallable | None,
         lr_scheduler: LRSchedulerCallable | None,
         lr_interval: Literal["epoch", "step"],
-        init_from: InitFrom | str | None,
+        init_from: str | InitFrom | None,
         mean: tuple[float, float, float],
         std: tuple[float, float, float],
         channels_last: bool,
@@ -207,9 +207,11 @@ def finish_epoch(progress: dict[str, Any]) -> None:
 
 
 def plain(value: Any) -> Any:
-    """A dataclass as its fields, a class or a partial call of one by its path; other values as they are."""
+    """As YAML holds it: a dataclass as its fields, a class or a partial call of one by its path, a tuple as a list."""
     if isinstance(value, type):
         return {"class_path": f"{value.__module__}.{value.__qualname__}"}
     if isinstance(value, functools.partial) and isinstance(value.func, type) and not value.args:
         return plain(value.func) | {"init_args": {k: plain(v) for k, v in value.keywords.items()}}
+    if isinstance(value, tuple):
+        return list(value)
     return asdict(value) if is_dataclass(value) and not isinstance(value, type) else value

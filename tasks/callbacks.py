@@ -144,7 +144,7 @@ class Predictions(Callback):
             write_image(str(folder / f"{name}.jpg"), image)
         if video is not None:
             video.release()
-        print(f"overlays:   {folder}", flush=True)
+        print(f"overlays:   {folder if video is None else folder / 'overlay.mp4'}", flush=True)
 
 
 class Summary(Callback):

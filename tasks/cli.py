@@ -1,11 +1,14 @@
 """The one command line of all tasks: `python -m tasks.<task> fit|validate|test|predict`."""
 
 import importlib
+import logging
 import os
 import pkgutil
+import shutil
 import signal
 import sys
 import tempfile
+import warnings
 from netrc import NetrcParseError, netrc
 from pathlib import Path
 from typing import Any
@@ -20,7 +23,9 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 import datamodules
 from datamodules.base import DataModule
 from datamodules.transforms import DataError
-from hrnet.checkpoints import WeightsError
+from hrnet import HRNetConfig
+from hrnet.backbone import resolve
+from hrnet.checkpoints import WeightsError, config_of, is_source
 from tasks.base import Task
 from tasks.export import main as export
 from tasks.export import run_by, settings
@@ -50,6 +55,8 @@ class CLI(LightningCLI):
     """LightningCLI with the data's facts linked to the task, a run folder, and `--ckpt_path last|best` across runs."""
 
     model_class: Any
+    folder: Path | None = None
+    """Of the run, once there is one."""
 
     def _prepare_subcommand_parser(self, klass: type, subcommand: str, **kwargs: Any) -> Any:
         self.preparing = subcommand  # the links depend on it
@@ -92,11 +99,18 @@ class CLI(LightningCLI):
             self.config[command].ckpt_path = None
             self.config = self.parser.parse_object({command: {"model": settings(self.exported)}}, self.config)
             return
-        super()._parse_ckpt_path()
-        given = [a.split("=")[0].removeprefix("--model.") for a in sys.argv if a.startswith("--model.")]
-        path = self.config[self.config.subcommand].get("ckpt_path")
+        path = self.config[command].get("ckpt_path")
         kept = torch.load(path, map_location="cpu", weights_only=True, mmap=True)["hyper_parameters"] if path else {}
-        ignored = [name for name in given if name.split(".")[0] in kept]
+        given = model_options(sys.argv[1:])
+        if "backbone" in kept and any(name.split(".")[0] == "backbone" for name in given):
+            asked, trained = network(self.config[command].model.backbone), network(kept["backbone"])
+            if asked != trained:
+                raise WeightsError(
+                    f"{path}: the checkpoint is of {trained}, not of {asked}; leave model.backbone out to use it as it "
+                    f"is, or start another network from it by --model.init_from"
+                )
+        super()._parse_ckpt_path()
+        ignored = [name for name in given if name.split(".")[0] in kept and name.split(".")[0] != "backbone"]
         if ignored:
             rank_zero_warn(
                 f"--ckpt_path goes on with the checkpoint's own settings: model.{', model.'.join(ignored)} ignored"
@@ -120,10 +134,14 @@ class CLI(LightningCLI):
 
     def instantiate_trainer(self, **kwargs: Any) -> Any:
         config = self._get(self.config_init, "trainer")
+        for name, value in whole_numbers(sys.argv[1:]).items():  # the parser has made 1.0 of 1: all instead of one
+            config[name] = value
         given = config["logger"]
         others = [x for x in (given if isinstance(given, list) else [given]) if isinstance(x, Logger)]
         # First, so that the run's folder is its folder; metrics.csv is written always.
-        kwargs["logger"] = [CSVLogger(config["default_root_dir"], name=self.task), *others]
+        own = CSVLogger(config["default_root_dir"], name=self.task)
+        CLI.folder = Path(own.log_dir)
+        kwargs["logger"] = [own, *others]
         if any(isinstance(x, WandbLogger) for x in others) and not wandb_account():
             os.environ.setdefault("WANDB_MODE", "offline")
         return super().instantiate_trainer(**kwargs)
@@ -182,22 +200,73 @@ def check_writable(folder: Path) -> None:
         ) from None
 
 
+def network(backbone: Any) -> HRNetConfig:
+    """The configuration that a parsed or a kept `backbone` stands for."""
+    if isinstance(backbone, str) and is_source(backbone):
+        return config_of(backbone)
+    return resolve(backbone if isinstance(backbone, str | HRNetConfig) else dict(backbone))
+
+
+def model_options(args: list[str]) -> list[str]:
+    """Names of the `model.` options given, on the command line or in the configurations named there."""
+    names = [a.split("=")[0].removeprefix("--model.") for a in args if a.startswith("--model.")]
+    for path in configurations(args):
+        if not path.is_relative_to(CONFIGS) and path.is_file():
+            names += list((yaml.safe_load(path.read_text()) or {}).get("model") or {})
+    return names
+
+
+def configurations(args: list[str]) -> list[Path]:
+    """The files given by `-c` or `--config`."""
+    found = [b for a, b in zip(args, args[1:], strict=False) if a in ("-c", "--config")]
+    found += [a.split("=", 1)[1] for a in args if a.startswith(("--config=", "-c="))]
+    return [Path(path) for path in found]
+
+
+def whole_numbers(args: list[str]) -> dict[str, int]:
+    """Trainer limits given as whole numbers, such as `--trainer.limit_val_batches 1`."""
+    pairs = [a.split("=", 1) for a in args if "=" in a] + [[*p] for p in zip(args, args[1:], strict=False)]
+    named = {a.removeprefix("--trainer."): b for a, b in pairs if a.startswith("--trainer.limit_")}
+    return {name: int(value) for name, value in named.items() if value.isdecimal()}
+
+
+def spelled_out(args: list[str]) -> list[str]:
+    """`args` with `--model.init_from.path` for `--model.init_from`: the parser would read a text file as its value."""
+    found = ["--model.init_from.path=" + a.split("=", 1)[1] if a.startswith("--model.init_from=") else a for a in args]
+    return ["--model.init_from.path" if a == "--model.init_from" else a for a in found]
+
+
+def discard(folder: Path | None) -> None:
+    """Remove the folder of a run that ended before it had anything to show."""
+    if folder is not None and folder.is_dir():
+        left = {p.name for p in folder.rglob("*") if p.is_file()}
+        if left <= {"config.yaml", "hparams.yaml", "metrics.csv"}:
+            shutil.rmtree(folder)
+
+
 def with_default_data(task: str, args: list[str]) -> list[str]:
     """`args` with the embedded data's configuration (to predict: the pictures') before them, if they name no data."""
     if not args or args[0].startswith("-") or any(a == "--data" or a.startswith("--data=") for a in args):
         return args
-    configs = [b for a, b in zip(args, args[1:], strict=False) if a in ("-c", "--config")]
-    configs += [a.split("=", 1)[1] for a in args if a.startswith(("--config=", "-c="))]
-    for config in configs:
-        if not Path(config).is_file():
+    for path in configurations(args):
+        if not path.is_file():
             continue  # the parser says so
         try:
-            if "data" in (yaml.safe_load(Path(config).read_text()) or {}):
+            if "data" in (yaml.safe_load(path.read_text()) or {}):
                 return args
         except yaml.YAMLError as error:
-            raise SettingError(f"{config}: not valid YAML: {error}") from None
+            raise SettingError(f"{path}: not valid YAML: {error}") from None
+    if args[0] == "predict" and not any(a.startswith(("--data.path", "-h", "--help", "--print")) for a in args):
+        raise SettingError("say what to predict on: --data.path FOLDER (or a picture, a pattern, a list, a video)")
     default = CONFIGS / task / ("predict.yaml" if args[0] == "predict" else "rendered.yaml")
     return [args[0], "--config", str(default), *args[1:]]
+
+
+def quieten() -> None:
+    """Leave out what is printed in every run and tells users nothing."""
+    warnings.filterwarnings("ignore", message=".*LeafSpec.*")
+    warnings.filterwarnings("ignore", message="The dirpath has changed")
+    logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(lambda r: "litlogger" not in r.getMessage())
 
 
 def main(task: type[Task], args: list[str] | None = None) -> CLI:
@@ -208,11 +277,14 @@ def main(task: type[Task], args: list[str] | None = None) -> CLI:
     if not CONFIGS.is_dir():
         raise SystemExit(f"{CONFIGS} is missing: install from a clone, with `pip install -e .`")
     layers = [str(CONFIGS / "default.yaml"), str(CONFIGS / name / "default.yaml")]
+    quieten()
+    CLI.folder = None
     try:
         given = sys.argv[1:] if args is None else list(args)
         if given[:1] == ["export"]:
             export(task, given[1:])
             raise SystemExit
+        given = spelled_out(given)
         sys.argv[1:] = with_default_data(name, given)
         return CLI(
             task,
@@ -227,6 +299,7 @@ def main(task: type[Task], args: list[str] | None = None) -> CLI:
     except SIGTERMException:
         raise SystemExit(128 + signal.SIGTERM) from None  # what started the run should not take it for finished
     except REFUSALS as error:
+        discard(CLI.folder)
         if os.environ.get("HRNET_TRACEBACK"):
             raise
         # An error of a loader's worker brings the worker's traceback as its message; its last part is ours.

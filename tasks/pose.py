@@ -14,16 +14,16 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor, nn
 
 from datamodules.base import Instance, KeypointDataset, Keypoints
-from datamodules.drawing import draw_keypoints, heatmap_overlay
+from datamodules.drawing import draw_keypoints, heatmap_overlay, write_text
 from datamodules.metrics import KeypointAP
-from datamodules.transforms import read_image
+from datamodules.transforms import DataError, read_image
 from hrnet import PRESETS, HRNetConfig
 from hrnet.checkpoints import WeightsError
 from hrnet.codecs import Heatmap
 from hrnet.heads import HRNetV1
 from hrnet.losses import JointsMSE
 from hrnet.weights import InitFrom
-from tasks.base import Task
+from tasks.base import Task, plain
 from tasks.cli import main
 
 COCO = Keypoints(
@@ -74,7 +74,7 @@ class Pose(Task):
         optimizer: OptimizerCallable | None = None,
         lr_scheduler: LRSchedulerCallable | None = None,
         lr_interval: Literal["epoch", "step"] = "epoch",
-        init_from: InitFrom | str | None = None,
+        init_from: str | InitFrom | None = None,
         mean: tuple[float, float, float] = (0.485, 0.456, 0.406),
         std: tuple[float, float, float] = (0.229, 0.224, 0.225),
         channels_last: bool = True,
@@ -95,6 +95,11 @@ class Pose(Task):
         self.keep_hyperparameters(ignore=["flip_test"])
         self.head = head(self.backbone.channels, num_keypoints)
         self.codec, self.joint_loss, self.flip_test = codec, loss, flip_test
+        if (codec.encoding == "udp") != udp:
+            rank_zero_warn(
+                f"codec.encoding is {codec.encoding!r} but data.udp is {udp}: crops and heatmaps then mean places that "
+                f"are up to half a pixel apart; set both or neither"
+            )
         self.skeleton_facts = Keypoints(keypoint_names, skeleton, flip_pairs, sigmas)
         self.size, self.padding, self.udp = (size[0], size[1]), padding, udp
         index = torch.tensor(self.skeleton_facts.flip_index)
@@ -129,12 +134,12 @@ class Pose(Task):
         if names is not None and list(names) != self.skeleton_facts.names:
             raise WeightsError(
                 f"the checkpoint's keypoints {list(names)} are not the data's {self.skeleton_facts.names}; "
-                f"use the data it was trained for, or start from it by init_from"
+                f"use the data it was trained for (`-c` with the config.yaml of its run), or start from it by init_from"
             )
         super().on_load_checkpoint(checkpoint)
         for name in self.protocol:
             trained, now = hparams.get(name), self.hparams[name]
-            if trained is not None and trained != now:
+            if trained is not None and plain(trained) != plain(now):
                 rank_zero_warn(f"the checkpoint was trained with data.{name} = {trained}, now it is {now}")
 
     @torch.inference_mode()
@@ -142,7 +147,7 @@ class Pose(Task):
         """Keypoints of images, in their own coordinates.
 
         Args:
-            images: a path or an RGB uint8 array `[H, W, 3]`, or a list of them.
+            images: a path or an RGB uint8 array `[H, W, 3]`, or a list of them (or one array `[N, H, W, 3]`).
             boxes: for each image a list of boxes x, y, w, h in its pixels (for one image, its list of boxes); None
                 takes the whole image as one box.
 
@@ -150,17 +155,17 @@ class Pose(Task):
             `keypoints` `[N, K, 2]`, `score` `[N, K]` and `boxes` `[N, 4]`; for a list of images a list of these.
 
         Raises:
-            DataError: if an image cannot be read.
+            DataError: if an image cannot be read, is no such array, or a box has no area or is outside of it.
         """
-        if isinstance(images, str | Path | np.ndarray):
+        if isinstance(images, str | Path) or (isinstance(images, np.ndarray) and images.ndim != 4):
             return self.infer([images], None if boxes is None else [boxes])[0]
         results = []
         training = self.training
         self.eval()
         try:
             for i, image in enumerate(images):
-                array = image if isinstance(image, np.ndarray) else read_image(image)
-                chosen = [[0, 0, array.shape[1], array.shape[0]]] if boxes is None else boxes[i]
+                array = read_image(image) if isinstance(image, str | Path) else checked_image(image)
+                chosen = checked_boxes([[0, 0, *array.shape[1::-1]]] if boxes is None else boxes[i], array)
                 instances = [
                     Instance("", 0, np.array(b, dtype=np.float64), np.zeros((0, 2)), np.zeros(0)) for b in chosen
                 ]
@@ -196,12 +201,16 @@ class Pose(Task):
         shown = batch["visible"][index].cpu().numpy() > 0
         facts = self.skeleton_facts
         labelled = draw_keypoints(image, truth, shown, facts, radius=3) if len(truth) else image
+        write_text(labelled, "label", (4, 14))
         if prediction is None:
             return labelled
         guess = prediction["keypoints"][index].float().cpu().numpy() * zoom + (zoom - 1) / 2
         predicted = draw_keypoints(image, guess, np.ones(len(guess), dtype=bool), facts, radius=3)
         heatmap = prediction["heatmap"][index].amax(0).float().cpu().numpy()
-        return np.concatenate([labelled, predicted, heatmap_overlay(image, heatmap)], axis=1)
+        write_text(predicted, f"prediction {float(prediction['score'][index].mean()):.2f}", (4, 14))
+        covered = heatmap_overlay(image, heatmap)
+        write_text(covered, "heatmaps", (4, 14))
+        return np.concatenate([labelled, predicted, covered], axis=1)
 
     def draw(self, image: np.ndarray, result: dict[str, Any], threshold: float = 0.2) -> np.ndarray:
         """`image` (RGB uint8 `[H, W, 3]`) with the keypoints of an `infer` result that score above `threshold`."""
@@ -211,9 +220,13 @@ class Pose(Task):
         return image
 
     def overlay(self, image: np.ndarray, items: list[dict[str, Any]]) -> np.ndarray:
-        """`image` with the poses of `collector`'s items."""
+        """`image` with the poses of `collector`'s items, and each one's score."""
         poses = np.array([item["keypoints"] for item in items]).reshape(len(items), -1, 3)
-        return self.draw(image, {"keypoints": poses[..., :2], "score": poses[..., 2]})
+        canvas = self.draw(image, {"keypoints": poses[..., :2], "score": poses[..., 2]})
+        for item, pose in zip(items, poses, strict=True):
+            place = pose[:, :2].min(0).clip(0, np.array(canvas.shape[1::-1]) - 20)
+            write_text(canvas, f"{item['score']:.2f}", place, max(canvas.shape[:2]) / 640)
+        return canvas
 
 
 class ArrayCrops(KeypointDataset):
@@ -223,6 +236,30 @@ class ArrayCrops(KeypointDataset):
 
     def read(self, instance: Instance) -> np.ndarray:
         return self.array
+
+
+def checked_image(image: Any) -> np.ndarray:
+    """An RGB uint8 array `[H, W, 3]`, or a `DataError`."""
+    if not isinstance(image, np.ndarray) or image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3:
+        kind = f"{image.dtype} {list(image.shape)}" if hasattr(image, "shape") else type(image).__name__
+        raise DataError(f"an image must be a path or an RGB uint8 array [H, W, 3], got {kind}")
+    return image
+
+
+def checked_boxes(boxes: Any, image: np.ndarray) -> np.ndarray:
+    """Boxes x, y, w, h `[N, 4]` that lie in the image at least in part, or a `DataError`."""
+    found = np.array(boxes, dtype=np.float64)
+    if found.size == 0:
+        return found.reshape(0, 4)
+    if found.ndim != 2 or found.shape[1] != 4:
+        raise DataError(f"boxes of an image are a list of [x, y, w, h], got shape {list(found.shape)}")
+    x, y, w, h = found.T
+    sound = np.isfinite(found).all(1) & (w > 0) & (h > 0)
+    sound &= (x < image.shape[1]) & (y < image.shape[0]) & (x + w > 0) & (y + h > 0)
+    if not sound.all():
+        bad = found[~sound][0].tolist()
+        raise DataError(f"box {bad} has no area within the image of {image.shape[1]}x{image.shape[0]} (x, y, w, h)")
+    return found
 
 
 def to_image(keypoints: Tensor, matrix: Tensor) -> Tensor:

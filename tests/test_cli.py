@@ -315,7 +315,7 @@ TABLE = [
     (["fit", "-c", "empty.yaml"], "rendered"),
     (["fit", "-c", "absent.yaml"], "rendered"),
     (["fit", "-c", "without.yaml", "-c", "with_data.yaml"], None),
-    (["predict", "-c", "without.yaml"], "predict"),
+    (["predict", "-c", "without.yaml", "--data.path=x"], "predict"),
 ]
 
 
@@ -505,11 +505,53 @@ def test_checkpoint_of_other_keypoints(change, command, fitted, coco, cli, tmp_p
     assert "init_from" in message
 
 
-def test_checkpoint_decides_about_the_backbone(fitted, cli, small, folder):
-    """Another width on the command line does not matter: a checkpoint is run as it was trained."""
-    run = cli(folder, "validate", *small, "--model.backbone=w32", f"--ckpt_path={checkpoint(fitted)}")
+def test_checkpoint_of_another_backbone(fitted, cli, small, folder, tmp_path, capfd):
+    """Asked for on the command line or in a file; the same one, and none, are run."""
+    path = f"--ckpt_path={checkpoint(fitted)}"
+    (tmp_path / "w32.yaml").write_text("model: {backbone: {width: 32}}")
+    for asked in (["--model.backbone=w32"], ["--model.backbone.width", "32"], ["-c", tmp_path / "w32.yaml"]):
+        message = refused(capfd, cli, tmp_path, "validate", *asked, *small, path)
+        assert "width=16" in message
+        assert "width=32" in message
+        assert "init_from" in message
+    run = cli(folder, "validate", *small, "--model.backbone=w18_small_v1", path)
     assert run.model.backbone.config.width == 16
     assert run.numbers["val/AP"] == pytest.approx(fitted.numbers["val/AP"])
+
+
+def test_one_batch_is_one_batch(cli, small, tmp_path):
+    """The parser would make all of it: 1 is read as 1.0, 100 %."""
+    for one in (["--trainer.limit_train_batches=1"], ["--trainer.limit_train_batches", "1"]):
+        run = cli(tmp_path, "fit", *small, "--trainer.max_epochs=1", *one)
+        assert run.trainer.global_step == 1
+    assert cli(tmp_path, "fit", *small, *LONG, "--trainer.limit_train_batches=1.0").trainer.global_step > 2
+
+
+def test_half_of_udp_is_told(cli, small, tmp_path):
+    with pytest.warns(UserWarning, match="set both or neither"):
+        cli(tmp_path, "fit", *small, *LONG, "--model.codec.encoding=quantised")
+
+
+def test_predict_warns_of_nothing(fitted, cli, photos, tmp_path, recwarn):
+    cli(tmp_path, "predict", f"--ckpt_path={checkpoint(fitted)}", f"--data.path={photos}", *QUIET)
+    assert not [w for w in recwarn if "the checkpoint was trained with" in str(w.message)]
+
+
+def test_refused_runs_leave_no_folder(cli, small, tmp_path, capfd):
+    refused(capfd, cli, tmp_path, "fit", *small, "--model.init_from=absent.pth")
+    assert not list((tmp_path / "runs" / "pose").iterdir())
+
+
+def test_predict_wants_a_path(cli, tmp_path, capfd):
+    assert "--data.path FOLDER" in refused(capfd, cli, tmp_path, "predict", "--model.backbone=w32")
+
+
+@pytest.mark.parametrize(("text", "said"), [("hello", "it begins with b'hello'"), ("version https://git-lfs.x", "LFS")])
+def test_weights_that_are_text(text, said, cli, small, tmp_path, capfd):
+    (tmp_path / "a.pth").write_text(text)
+    message = refused(capfd, cli, tmp_path, "fit", *small, f"--model.init_from={tmp_path / 'a.pth'}")
+    assert "a.pth: no checkpoint of torch" in message
+    assert said in message
 
 
 def test_init_from(fitted, cli, small, tmp_path, caplog):

@@ -379,7 +379,7 @@ class TestFiles:
     def test_no_labelled_keypoint(self, module):
         content = healthy()
         every(lambda a: a.update(keypoints=[0] * 15, num_keypoints=0))(content)
-        with pytest.raises(DataError, match=r"val\.json: no annotation has a labelled keypoint"):
+        with pytest.raises(DataError, match=r"(?s)val\.json.*no annotation has a labelled keypoint"):
             module(content).setup("validate")
 
     def test_other_keypoints_in_train_than_in_val(self, module):
@@ -834,6 +834,21 @@ class TestCommand:
         assert "annotation 103" in done.stdout
         assert "Traceback" not in done.stdout + done.stderr
         assert not (tmp_path / "seen.png").exists()
+
+    def test_nothing_labelled(self, own, check, pictures):
+        def clear(content):
+            for a in content["annotations"]:
+                a.update(keypoints=[0] * 15, num_keypoints=0)
+
+        code, text = check(own(clear), pictures)
+        assert code == 1
+        assert "no annotation has a labelled keypoint" in text
+
+    def test_skeleton_from_zero_is_told(self, own, check, pictures, tmp_path):
+        path = own(lambda content: content["categories"][0].update(skeleton=[[0, 1], [1, 2]]))
+        code, text = check(path, pictures, "--draw", tmp_path / "seen.png")
+        assert not code
+        assert "[(0, 1)] is not between 1 and 5 (COCO counts from 1)" in text
 
     def test_missing_file_exits_1_with_one_line(self, pictures, tmp_path):
         done = run(tmp_path / "gone.json", pictures)

@@ -276,6 +276,24 @@ def test_infer_leaves_the_mode_as_it_was_after_a_failure(tmp_path):
     assert task.training
 
 
+@pytest.mark.parametrize(
+    ("image", "boxes", "said"),
+    [
+        (np.zeros((50, 50), np.uint8), None, "uint8 array"),
+        (np.zeros((50, 50, 4), np.uint8), None, "uint8 array"),
+        (np.zeros((50, 50, 3), np.float32), None, "float32"),
+        ([torch.zeros(3, 50, 50)], None, "torch.float32"),
+        (np.zeros((50, 50, 3), np.uint8), [1, 2, 30, 40], r"\[x, y, w, h\]"),
+        (np.zeros((50, 50, 3), np.uint8), [[1, 2, float("nan"), 40]], "no area within"),
+        (np.zeros((50, 50, 3), np.uint8), [[1, 2, -3, 40]], "no area within"),
+        (np.zeros((50, 50, 3), np.uint8), [[60, 2, 30, 40]], "no area within"),
+    ],
+)
+def test_infer_refuses_what_is_no_image_or_box(image, boxes, said):
+    with pytest.raises(DataError, match=said):
+        build().infer(image, boxes)
+
+
 def test_draw_gives_another_picture(picture):
     image, instance = picture
     task, before = build(), image.copy()
