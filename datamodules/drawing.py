@@ -50,11 +50,12 @@ def heatmap_overlay(image: np.ndarray, heatmap: np.ndarray) -> np.ndarray:
 
 def write_text(image: np.ndarray, text: str, place: Sequence[float], size: float = 1.0) -> None:
     """White letters with a dark edge on `image`, their lower left corner at `place` (x, y)."""
-    at = (round(float(place[0])), round(float(place[1])))
-    for ink, width in (((0, 0, 0), 3), ((255, 255, 255), 1)):
-        cv2.putText(
-            image, text, at, cv2.FONT_HERSHEY_SIMPLEX, 0.45 * size, ink, max(1, round(width * size)), cv2.LINE_AA
-        )
+    x, y = round(float(place[0])), round(float(place[1]))
+    width = max(1, round(size))
+    # Thicker letters would also be wider: the edge is the same letters, moved.
+    edge = [(x + dx, y + dy, (0, 0, 0)) for dx in (-width, 0, width) for dy in (-width, 0, width)]
+    for left, base, ink in [*edge, (x, y, (255, 255, 255))]:
+        cv2.putText(image, text, (left, base), cv2.FONT_HERSHEY_SIMPLEX, 0.45 * size, ink, width, cv2.LINE_AA)
 
 
 def grid(pictures: list[np.ndarray], columns: int = 2) -> np.ndarray:

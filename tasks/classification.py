@@ -15,6 +15,7 @@ from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from torch import Tensor, nn
 from torchvision.transforms import v2
 
+from datamodules.drawing import write_text
 from datamodules.image_folder import Labelled, centre
 from datamodules.transforms import Array, read_upright
 from hrnet import PRESETS, HRNetConfig
@@ -171,10 +172,7 @@ class Classification(Task):
         size = max(board.shape[:2]) / 640
         for item in items:
             text = f"{item['classes'][0]['class']} {item['classes'][0]['score']:.2f}"
-            place = (round(8 * size), round(28 * size))
-            for ink, width in (((0, 0, 0), 4), ((255, 255, 255), 1)):
-                width = max(1, round(width * size))
-                cv2.putText(board, text, place, cv2.FONT_HERSHEY_SIMPLEX, 0.8 * size, ink, width, cv2.LINE_AA)
+            write_text(board, text, (8 * size, 28 * size), 1.8 * size)
         return board
 
 
