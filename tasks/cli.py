@@ -101,8 +101,7 @@ class CLI(LightningCLI):
             return
         path = self.config[command].get("ckpt_path")
         kept = torch.load(path, map_location="cpu", weights_only=True, mmap=True)["hyper_parameters"] if path else {}
-        given = model_options(sys.argv[1:])
-        if "backbone" in kept and any(name.split(".")[0] == "backbone" for name in given):
+        if "backbone" in kept and names_backbone(sys.argv[1:]):
             asked, trained = network(self.config[command].model.backbone), network(kept["backbone"])
             if asked != trained:
                 raise WeightsError(
@@ -110,6 +109,7 @@ class CLI(LightningCLI):
                     f"is, or start another network from it by --model.init_from"
                 )
         super()._parse_ckpt_path()
+        given = [a.split("=")[0].removeprefix("--model.") for a in sys.argv if a.startswith("--model.")]
         ignored = [name for name in given if name.split(".")[0] in kept and name.split(".")[0] != "backbone"]
         if ignored:
             rank_zero_warn(
@@ -207,13 +207,13 @@ def network(backbone: Any) -> HRNetConfig:
     return resolve(backbone if isinstance(backbone, str | HRNetConfig) else dict(backbone))
 
 
-def model_options(args: list[str]) -> list[str]:
-    """Names of the `model.` options given, on the command line or in the configurations named there."""
-    names = [a.split("=")[0].removeprefix("--model.") for a in args if a.startswith("--model.")]
-    for path in configurations(args):
-        if not path.is_relative_to(CONFIGS) and path.is_file():
-            names += list((yaml.safe_load(path.read_text()) or {}).get("model") or {})
-    return names
+def names_backbone(args: list[str]) -> bool:
+    """Whether a backbone is asked for, on the command line or in a configuration named there (the defaults aside)."""
+    files = [path for path in configurations(args) if not path.is_relative_to(CONFIGS)]
+    contents = [yaml.safe_load(path.read_text()) or {} for path in files]
+    return any(a.startswith("--model.backbone") for a in args) or any(
+        "backbone" in (content.get("model") or {}) for content in contents
+    )
 
 
 def configurations(args: list[str]) -> list[Path]:

@@ -164,6 +164,13 @@ def test_last_goes_on(fitted, cli, small, tmp_path):
     assert fitted.trainer.global_step == 2
 
 
+def test_same_command_goes_on_without_complaint(fitted, cli, small, tmp_path, recwarn):
+    (tmp_path / "own.yaml").write_text("model: {backbone: w18_small_v1, codec: {sigma: 2}}")
+    shutil.copytree(fitted.folder, tmp_path / "runs" / "pose" / "version_0")
+    cli(tmp_path, "validate", "-c", tmp_path / "own.yaml", *small, "--ckpt_path=last")
+    assert not [w for w in recwarn if "ignored" in str(w.message)]
+
+
 def test_newest_run_is_taken(fitted, cli, small, tmp_path):
     root = tmp_path / "runs" / "pose"
     for name in ("version_1", "version_0"):
