@@ -15,7 +15,8 @@ from tasks.cli import main
 from tasks.pose import Pose
 
 if "PYTEST_XDIST_WORKER" in os.environ:
-    torch.set_num_threads(1)  # the workers are the parallelism
+    torch.set_num_threads(1)  # the workers are the parallelism...
+    os.environ["OMP_NUM_THREADS"] = "1"  # ...for what they start as well
 
 TRAIN, VAL = 12, 6
 
