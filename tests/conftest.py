@@ -6,6 +6,7 @@ import os
 import sys
 from pathlib import Path
 
+import hypothesis
 import pytest
 import torch
 
@@ -14,6 +15,8 @@ from datamodules.transforms import PoseAugmentation
 from tasks.cli import main
 from tasks.pose import Pose
 
+hypothesis.settings.register_profile("patient", deadline=None)  # a busy machine is no fault of the code
+hypothesis.settings.load_profile("patient")
 if "PYTEST_XDIST_WORKER" in os.environ:
     torch.set_num_threads(1)  # the workers are the parallelism...
     os.environ["OMP_NUM_THREADS"] = "1"  # ...for what they start as well

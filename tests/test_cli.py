@@ -187,13 +187,13 @@ def test_stopped_run_goes_on(number, cli, small, tmp_path):
     with open(tmp_path / "log", "w") as log:
         process = subprocess.Popen(command, cwd=tmp_path, stdout=log, stderr=subprocess.STDOUT)
         try:
-            sign, end = tmp_path / "runs/pose/version_0/pictures/first_batch.jpg", time.monotonic() + 180
+            sign, end = tmp_path / "runs/pose/version_0/pictures/first_batch.jpg", time.monotonic() + 300
             while not sign.exists() and process.poll() is None and time.monotonic() < end:
                 time.sleep(0.05)
             time.sleep(1)
             assert process.poll() is None, (tmp_path / "log").read_text()[-2000:]
             process.send_signal(number)
-            process.wait(60)
+            process.wait(180)
         finally:
             process.kill()
             process.wait()
