@@ -166,12 +166,11 @@ class ImageFolder(DataModule):
         return [Labelled(str(path), i, number[label]) for i, (path, label) in enumerate(files)]
 
     def setup(self, stage: str) -> None:
-        for split in {"fit": ["train", "val"], "validate": ["val"], "test": ["test"], "predict": ["val"]}[stage]:
-            key = "predict" if stage == "predict" else split
-            if key not in self.datasets:
+        for split in {"fit": ["train", "val"], "validate": ["val"], "test": ["test"]}[stage]:
+            if split not in self.datasets:
                 train = split == "train"
                 transform = self.augmentation.transform(self.size) if train else centre(self.size, self.resize)
-                self.datasets[key] = LabelDataset(self.instances(split), transform)
+                self.datasets[split] = LabelDataset(self.instances(split), transform)
 
     def metric(self, split: str = "val") -> Metric:
         """Top-1 and top-5 accuracy."""

@@ -94,7 +94,7 @@ class Checkpoint:
             f"  {size:,} parameters, {len(self.state)} tensors, sha256 {self.hash[:16]}",
         ]
         if self.protocol:
-            lines.append("  trained with " + " ".join(f"--{k} {v}" for k, v in self.protocol.items()))
+            lines.append(f"  trained with {options(self.protocol)}")
         if self.others:
             lines.append(f"  {len(self.others)} of no part of an HRNet: {grouped(self.others)}")
         return "\n".join(lines)
@@ -162,6 +162,11 @@ def protocol_of(meta: Any) -> dict[str, Any]:
     if size := re.search(r"input_size=[(\[]\s*(\d+),\s*(\d+)", text):
         found["data.size"] = [int(size.group(2)), int(size.group(1))]
     return found
+
+
+def options(protocol: dict[str, Any]) -> str:
+    """A protocol as one would type it."""
+    return " ".join(f"--{k} {str(v).replace(' ', '').lower()}" for k, v in protocol.items())
 
 
 def unwrapped(tensors: dict[str, Tensor]) -> dict[str, Tensor]:

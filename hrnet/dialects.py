@@ -136,20 +136,18 @@ def renamed(key: str, pairs: list[tuple[str, str]]) -> str | None:
     return None
 
 
+def all_renamed(state: dict[str, Tensor], pairs: list[tuple[str, str]]) -> tuple[dict[str, Tensor], list[str]]:
+    """Tensors under their new names, and the names that no pair fits."""
+    names = {key: renamed(key, pairs) for key in state}
+    return {new: state[key] for key, new in names.items() if new}, [key for key, new in names.items() if not new]
+
+
 def from_dialect(state: dict[str, Tensor], name: str) -> tuple[dict[str, Tensor], list[str]]:
     """Tensors under our names, and the names that the dialect's table does not know.
 
     Where the dialect's heads lack a bias, it is put in as zeros.
     """
-    pairs = [(theirs, ours) for ours, theirs in DIALECTS[name].pairs]
-    found: dict[str, Tensor] = {}
-    unknown = []
-    for key, value in state.items():
-        new = renamed(key, pairs)
-        if new is None:
-            unknown.append(key)
-        else:
-            found[new] = value
+    found, unknown = all_renamed(state, [(theirs, ours) for ours, theirs in DIALECTS[name].pairs])
     for weight in [k for k in found if k.endswith(".weight")]:
         module = weight.removesuffix(".weight")
         if has_bias(module) and found[weight].ndim == 4:
@@ -170,15 +168,7 @@ def to_dialect(state: dict[str, Tensor], name: str) -> tuple[dict[str, Tensor], 
             mean = key.removesuffix("0.bias") + "1.running_mean"
             if mean in state:
                 state[mean] = state[mean] - state.pop(key)
-    found: dict[str, Tensor] = {}
-    unknown = []
-    for key, value in state.items():
-        new = renamed(key, list(DIALECTS[name].pairs))
-        if new is None:
-            unknown.append(key)
-        else:
-            found[new] = value
-    return found, unknown
+    return all_renamed(state, list(DIALECTS[name].pairs))
 
 
 def has_bias(module: str) -> bool:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torchmetrics import Metric, MetricCollection
 
 from hrnet import PRESETS, HRNet, HRNetConfig
-from hrnet.checkpoints import WeightsError, config_of, grouped, is_source
+from hrnet.checkpoints import WeightsError, config_of, grouped, is_source, options
 from hrnet.weights import InitFrom, load
 
 
@@ -159,8 +159,7 @@ class Task(L.LightningModule):
             report = load(self, self.init_from)
             rank_zero_info(report)
             if report.protocol:
-                said = " ".join(f"--{k} {str(v).replace(' ', '').lower()}" for k, v in report.protocol.items())
-                rank_zero_info(f"{report.path} was trained with {said}; other settings give worse numbers")
+                rank_zero_info(f"{report.path}: trained with {options(report.protocol)}; others give worse numbers")
             self.origin = {"path": report.path, "dialect": report.dialect, "sha256": report.hash}
             self.init_from = None  # once: a test after a fit must not start anew
 

@@ -72,6 +72,7 @@ class CLI(LightningCLI):
 
     def parse_arguments(self, parser: Any, args: Any) -> None:
         super().parse_arguments(parser, args)
+        self.kept: dict[str, Any] = {}  # by a checkpoint, if one is given
         config = self.config[self.config.subcommand]
         config.trainer.default_root_dir = str(config.trainer.default_root_dir or "runs")
         if config.trainer.precision is None:
@@ -83,7 +84,7 @@ class CLI(LightningCLI):
         if str(config.get("ckpt_path")).endswith(".onnx"):
             pass  # read in _parse_ckpt_path
         elif config.get("ckpt_path"):
-            check_checkpoint(Path(config.ckpt_path))
+            self.kept = check_checkpoint(Path(config.ckpt_path))
             config.model.init_from = None  # the checkpoint's weights are all there is to load
         elif self.config.subcommand != "fit" and config.get("model.init_from") is None:
             rank_zero_info("neither --ckpt_path nor --model.init_from: the network is untrained")
@@ -92,17 +93,16 @@ class CLI(LightningCLI):
 
     def _parse_ckpt_path(self) -> None:
         command = self.config.subcommand
-        self.exported = self.config[command].get("ckpt_path") or ""
-        if self.exported.endswith(".onnx"):
+        path = self.config[command].get("ckpt_path") or ""
+        self.exported = path if path.endswith(".onnx") else ""
+        if self.exported:
             if command == "fit":
                 raise WeightsError(f"{self.exported}: an exported network does not learn; fit from the checkpoint")
             self.config[command].ckpt_path = None
             self.config = self.parser.parse_object({command: {"model": settings(self.exported)}}, self.config)
             return
-        path = self.config[command].get("ckpt_path")
-        kept = torch.load(path, map_location="cpu", weights_only=True, mmap=True)["hyper_parameters"] if path else {}
-        if "backbone" in kept and names_backbone(sys.argv[1:]):
-            asked, trained = network(self.config[command].model.backbone), network(kept["backbone"])
+        if "backbone" in self.kept and names_backbone(sys.argv[1:]):
+            asked, trained = network(self.config[command].model.backbone), network(self.kept["backbone"])
             if asked != trained:
                 raise WeightsError(
                     f"{path}: the checkpoint is of {trained}, not of {asked}; leave model.backbone out to use it as it "
@@ -110,7 +110,7 @@ class CLI(LightningCLI):
                 )
         super()._parse_ckpt_path()
         given = [a.split("=")[0].removeprefix("--model.") for a in sys.argv if a.startswith("--model.")]
-        ignored = [name for name in given if name.split(".")[0] in kept and name.split(".")[0] != "backbone"]
+        ignored = [name for name in given if name.split(".")[0] in self.kept and name.split(".")[0] != "backbone"]
         if ignored:
             rank_zero_warn(
                 f"--ckpt_path goes on with the checkpoint's own settings: model.{', model.'.join(ignored)} ignored"
@@ -125,7 +125,7 @@ class CLI(LightningCLI):
             while isinstance(cause.__cause__, ValueError | OSError):
                 cause = cause.__cause__
             raise cause if isinstance(cause, REFUSALS) else SettingError(cause) from error
-        if self.exported.endswith(".onnx"):
+        if self.exported:
             run_by(self.model, self.exported)
 
     @property
@@ -172,8 +172,8 @@ def find_checkpoint(root: Path, which: str) -> Path:
     return found[-1]
 
 
-def check_checkpoint(path: Path) -> None:
-    """Raise a `WeightsError` unless `path` is a checkpoint of one of our runs."""
+def check_checkpoint(path: Path) -> dict[str, Any]:
+    """The hyperparameters of a checkpoint of one of our runs; a `WeightsError` if `path` is none."""
     if not path.is_file():
         raise WeightsError(f"{path}: no such checkpoint")
     try:
@@ -186,6 +186,7 @@ def check_checkpoint(path: Path) -> None:
             f"{path}: weights, but no checkpoint of a run; --ckpt_path goes on with a run, "
             f"to start from these weights say --model.init_from {path}"
         )
+    return content["hyper_parameters"]
 
 
 def check_writable(folder: Path) -> None:
