@@ -8,7 +8,7 @@ import hashlib
 import pickle
 import re
 from collections import Counter
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field, is_dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from hrnet.backbone import PRESETS, HRNetConfig, resolve
 from hrnet.dialects import DIALECTS, from_dialect, recognise
+from hrnet.protocols import protocol_of
 
 ARRAY, SCALAR = np.zeros(0).__reduce__()[0], np.float64(0).__reduce__()[0]
 NUMPY: list[Any] = [np.ndarray, np.dtype, *(type(np.dtype(kind)) for kind in ("f8", "f4", "i8", "i4", "u1", "?"))]
@@ -46,7 +47,7 @@ class Checkpoint:
         state: `backbone.*` and `head.*`.
         dialect: whose names they were.
         others: names that this dialect's table does not know, such as a detector's.
-        protocol: options of ours that the file says it was trained with, where it says so.
+        protocol: settings of our tasks, by their names, that follow from the file; see `hrnet.protocols`.
     """
 
     path: str
@@ -57,16 +58,17 @@ class Checkpoint:
 
     @property
     def config(self) -> HRNetConfig:
-        """The network, told by the tensors' shapes."""
+        """The network, told by the tensors' shapes and by what the protocol knows of it."""
         state = self.state
         stages = [count(state, f"backbone.stage{i}.") for i in (2, 3, 4)]
-        return HRNetConfig(
-            width=len(state["backbone.stage2.0.branches.0.0.conv1.weight"]),
-            modules=(stages[0], stages[1], stages[2]),
-            blocks=count(state, "backbone.stage2.0.branches.0."),
-            stem=(count(state, "backbone.layer1."), len(state["backbone.layer1.0.conv1.weight"])),
-            in_channels=state["backbone.conv1.weight"].shape[1],
-        )
+        shape = {
+            "width": len(state["backbone.stage2.0.branches.0.0.conv1.weight"]),
+            "modules": (stages[0], stages[1], stages[2]),
+            "blocks": count(state, "backbone.stage2.0.branches.0."),
+            "stem": (count(state, "backbone.layer1."), len(state["backbone.layer1.0.conv1.weight"])),
+            "in_channels": state["backbone.conv1.weight"].shape[1],
+        }
+        return HRNetConfig(**shape | self.protocol.get("backbone", {}))
 
     @property
     def head(self) -> str:
@@ -84,7 +86,10 @@ class Checkpoint:
         return digest.hexdigest()
 
     def __str__(self) -> str:
-        known = [name for name, preset in PRESETS.items() if preset == self.config]
+        same = {
+            k: getattr(self.config, k) for k in ("fusion", "upsample", "align_corners", "bn_momentum", "checkpointing")
+        }
+        known = [name for name, preset in PRESETS.items() if replace(preset, **same) == self.config]
         last = [v for k, v in self.state.items() if k.startswith("head.") and k.endswith(".weight") and v.ndim > 1]
         size = sum(v.numel() for k, v in self.state.items() if not k.endswith(("mean", "var", "tracked")))
         lines = [
@@ -94,7 +99,7 @@ class Checkpoint:
             f"  {size:,} parameters, {len(self.state)} tensors, sha256 {self.hash[:16]}",
         ]
         if self.protocol:
-            lines.append(f"  trained with {options(self.protocol)}")
+            lines.append(f"  settings: {summary(self.protocol)}")
         if self.others:
             lines.append(f"  {len(self.others)} of no part of an HRNet: {grouped(self.others)}")
         return "\n".join(lines)
@@ -121,7 +126,11 @@ def read(path: str | Path, trust: bool = False, dialect: str | None = None) -> C
         content = timm_model(str(path).removeprefix("timm:"))
     else:
         content = from_file(fetched(str(path)) if "://" in str(path) else Path(path), trust)
-    meta = content.get("meta") if isinstance(content, dict) else None
+    meta: Any = {}
+    if isinstance(content, dict):  # of OpenMMLab's files, and of ours
+        meta = content.get("meta") or {"hyper_parameters": content.get("hyper_parameters")}
+    elif hasattr(content, "pretrained_cfg"):
+        meta = {"timm": content.pretrained_cfg}
     if isinstance(content, nn.Module):  # some official files hold the whole module
         content = content.state_dict()
     for wrapper in ("state_dict", "model"):
@@ -142,31 +151,16 @@ def read(path: str | Path, trust: bool = False, dialect: str | None = None) -> C
     if "backbone.stage2.0.branches.0.0.conv1.weight" not in state:
         raise WeightsError(f"{path}: its names are not those of {name}: they begin with {grouped(list(tensors))}")
     others = [k for k in others if not k.startswith("loss.")]
-    return Checkpoint(str(path), state, name, others, protocol_of(meta))
+    return Checkpoint(str(path), state, name, others, protocol_of(name, state, meta))
 
 
-def protocol_of(meta: Any) -> dict[str, Any]:
-    """How to crop and decode for an mmpose checkpoint, from the configuration it carries as text."""
-    text = next((str(meta[k]) for k in ("cfg", "config") if k in meta), "") if isinstance(meta, dict) else ""
-    kind = re.search(r"type='(MSRAHeatmap|UDPHeatmap)'", text)
-    if kind is None:
-        return {}
-    udp, unbiased = kind.group(1) == "UDPHeatmap", "unbiased=True" in text
-    found: dict[str, Any] = {
-        "model.codec.encoding": "udp" if udp else "subpixel" if unbiased else "quantised",
-        "model.codec.decoding": "dark" if udp or unbiased else "quarter",
-        "data.udp": udp,
-    }
-    if sigma := re.search(r"sigma=([\d.]+)", text):
-        found["model.codec.sigma"] = float(sigma.group(1))
-    if size := re.search(r"input_size=[(\[]\s*(\d+),\s*(\d+)", text):
-        found["data.size"] = [int(size.group(2)), int(size.group(1))]
-    return found
-
-
-def options(protocol: dict[str, Any]) -> str:
-    """A protocol as one would type it."""
-    return " ".join(f"--{k} {str(v).replace(' ', '').lower()}" for k, v in protocol.items())
+def summary(protocol: dict[str, Any]) -> str:
+    """A protocol in a line; of long lists only how many they are."""
+    items = {k: asdict(v) if is_dataclass(v) and not isinstance(v, type) else v for k, v in protocol.items()}
+    flat = {f"{k}.{i}": x for k, v in items.items() if isinstance(v, dict) for i, x in v.items() if x is not None}
+    flat |= {k: getattr(v, "__name__", v) for k, v in items.items() if not isinstance(v, dict) and v is not None}
+    short = {k: f"({len(v)})" if isinstance(v, list | tuple) and len(v) > 3 else v for k, v in flat.items()}
+    return ", ".join(f"{k} {v}" for k, v in short.items())
 
 
 def unwrapped(tensors: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -68,7 +68,13 @@ DIALECTS = {
         biases=False,
     ),
     "mmpose": Dialect((*MM, ("head.", "head."))),
-    "mmpose-0": Dialect((*MM, ("head.", "keypoint_head."))),
+    # Its face and hand networks, on all four maps: the layers of our last_layer in two parts.
+    "mmpose-v2": Dialect(
+        (*MM, ("head.last_layer.3.", "head.final_layer."), ("head.last_layer.", "head.conv_layers.")),
+    ),
+    "mmpose-0": Dialect(
+        (*MM, ("head.last_layer.{}.", "keypoint_head.final_layer.{}."), ("head.", "keypoint_head.")),
+    ),
     "mmseg": Dialect(
         (
             *MM,
@@ -108,6 +114,7 @@ SIGNS = (  # the first of which a key begins with the sign tells the dialect
     ("decode_head.0.", "mmseg-ocr"),
     ("decode_head.", "mmseg"),
     ("keypoint_head.", "mmpose-0"),
+    ("head.conv_layers.", "mmpose-v2"),
     ("neck.reduction_conv.conv.", "mmdet"),
     ("neck.reduction_conv.0.", "official-detection"),
     ("backbone.neck.", "maskrcnn-benchmark"),

@@ -82,6 +82,9 @@ def load(module: nn.Module, source: InitFrom) -> Report:
     if source.part != "all":
         own = {k: v for k, v in own.items() if k.startswith(source.part + ".")}
     report = Report(source.path, source.part, file.dialect, file.hash, file.protocol)
+    if file.protocol.get("bgr") and "backbone.conv1.weight" in state:
+        state["backbone.conv1.weight"] = state["backbone.conv1.weight"].flip(1)
+        report.adapted.append("backbone.conv1.weight from BGR to RGB")
     # A network with fewer outputs lacks the last exchange's layers for the others: those are left out knowingly.
     last = max((int(k.split(".")[2]) for k in own if k.startswith("backbone.stage4.")), default=0)
     spare = tuple(f"backbone.stage4.{last}.fuse_layers.{target}." for target in (1, 2, 3))

@@ -1,9 +1,10 @@
 """What all tasks share: steps, losses summed and logged, optimiser, normalisation, metric, weights to start from."""
 
 import functools
+import inspect
 from collections.abc import Mapping
 from dataclasses import asdict, is_dataclass
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
 import lightning as L
 import torch
@@ -13,7 +14,7 @@ from torch import Tensor, nn
 from torchmetrics import Metric, MetricCollection
 
 from hrnet import PRESETS, HRNet, HRNetConfig
-from hrnet.checkpoints import WeightsError, config_of, grouped, is_source, options
+from hrnet.checkpoints import WeightsError, config_of, grouped, is_source, read, summary
 from hrnet.weights import InitFrom, load
 
 
@@ -82,6 +83,21 @@ class Task(L.LightningModule):
         self.hparams.clear()
         self.save_hyperparameters(hparams)
         self._hparams_name = "kwargs"
+
+    @classmethod
+    def from_weights(cls, source: str, **settings: Any) -> Self:
+        """A published checkpoint as a task, ready to predict: network, number of outputs and protocol are the file's.
+
+        Args:
+            source: see `InitFrom`; for a checkpoint of our own runs use `load_from_checkpoint`.
+            **settings: of the task's constructor; they win over the file's.
+        """
+        file = read(source)
+        accepted = inspect.signature(cls).parameters
+        found = {k: v for k, v in file.protocol.items() if k in accepted}
+        task = cls(**found | {"backbone": file.config} | settings)
+        rank_zero_info(load(task, InitFrom(source)))
+        return task.eval()
 
     def loss(self, features: list[Tensor], batch: Any) -> dict[str, Tensor]:
         """Named losses of the backbone's maps for a batch; their sum is minimised."""
@@ -158,8 +174,8 @@ class Task(L.LightningModule):
         if self.init_from is not None:
             report = load(self, self.init_from)
             rank_zero_info(report)
-            if report.protocol:
-                rank_zero_info(f"{report.path}: trained with {options(report.protocol)}; others give worse numbers")
+            if report.protocol and stage == "fit" and self.init_from.part == "all":
+                rank_zero_info(f"{report.path}: was trained with {summary(report.protocol)}")
             self.origin = {"path": report.path, "dialect": report.dialect, "sha256": report.hash}
             self.init_from = None  # once: a test after a fit must not start anew
 

@@ -12,6 +12,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
+from timm.data import ImageNetInfo
 from torch import Tensor, nn
 from torchvision.transforms import v2
 
@@ -73,7 +74,7 @@ class Classification(Task):
         self.save_hyperparameters()
         self.keep_hyperparameters(ignore=["teacher"])
         self.head = head(self.backbone.channels, num_classes)
-        self.class_names = class_names or [str(i) for i in range(num_classes)]
+        self.class_names = class_names or default_names(num_classes)
         self.label_smoothing, self.size, self.resize = label_smoothing, size, resize
         self.distillation, self.temperature, self.frozen = distillation, temperature, tuple(freeze or ())
         mixes = [kind(alpha=a, num_classes=num_classes) for kind, a in ((v2.MixUp, mixup), (v2.CutMix, cutmix)) if a]
@@ -174,6 +175,14 @@ class Classification(Task):
             text = f"{item['classes'][0]['class']} {item['classes'][0]['score']:.2f}"
             write_text(board, text, (8 * size, 28 * size), 1.8 * size)
         return board
+
+
+def default_names(count: int) -> list[str]:
+    """ImageNet's names for a thousand classes, numbers for any other count."""
+    if count != 1000:
+        return [str(i) for i in range(count)]
+    info = ImageNetInfo()
+    return [info.index_to_description(i) for i in range(count)]
 
 
 def best_five(probability: Tensor, names: list[str]) -> list[dict[str, Any]]:

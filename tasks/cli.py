@@ -25,12 +25,13 @@ from datamodules.base import DataModule
 from datamodules.transforms import DataError
 from hrnet import HRNetConfig
 from hrnet.backbone import resolve
-from hrnet.checkpoints import WeightsError, config_of, is_source
-from tasks.base import Task
+from hrnet.checkpoints import WeightsError, config_of, is_source, read, summary
+from hrnet.weights import InitFrom
+from tasks.base import Task, plain
 from tasks.export import main as export
 from tasks.export import run_by, settings
 
-CONFIGS = Path(__file__).parent.parent / "configs"
+CONFIGS = Path(__file__).resolve().parent.parent / "configs"
 
 
 class SettingError(ValueError):
@@ -86,10 +87,46 @@ class CLI(LightningCLI):
         elif config.get("ckpt_path"):
             self.kept = check_checkpoint(Path(config.ckpt_path))
             config.model.init_from = None  # the checkpoint's weights are all there is to load
-        elif self.config.subcommand != "fit" and config.get("model.init_from") is None:
+        elif config.get("model.init_from") is not None:
+            self.adopt(config, InitFrom(**vars(config.model.init_from)))
+        elif self.config.subcommand != "fit":
             rank_zero_info("neither --ckpt_path nor --model.init_from: the network is untrained")
         if not config.trainer.fast_dev_run:
             check_writable(root)
+
+    def adopt(self, config: Any, source: InitFrom) -> None:
+        """Take from a published checkpoint what nobody asked to be otherwise: its network, and to evaluate or predict
+        with it, its protocol."""
+        if source.part == "head":
+            return
+        file, command = read(source.path, source.trust), self.config.subcommand
+        found: dict[str, Any] = {}
+        if source.part == "all":
+            found = {k: plain(v) for k, v in file.protocol.items() if command != "fit" or k == "head"}
+        if not asked("model.backbone"):
+            found["backbone"] = plain(file.config)
+            if source.part == "backbone":  # how it up-samples is the new task's affair
+                shape = {k: found["backbone"][k] for k in ("width", "modules", "blocks", "stem", "in_channels")}
+                found["backbone"] = plain(network(config.model.backbone)) | shape
+        taken: dict[str, Any] = {}
+        for name, value in found.items():
+            of_data = command != "predict" and name in self.model_class.facts
+            place = "data" if of_data else "model"
+            if of_data and (name not in self.model_class.protocol or name not in config.data.init_args):
+                continue  # what the data are of, they know
+            if isinstance(value, dict) and not asked(f"{place}.{name}.class_path"):
+                value = {k: v for k, v in value.items() if not asked(f"{place}.{name}.{k}")}
+            elif asked(f"{place}.{name}"):
+                continue
+            if of_data:
+                config.data.init_args[name] = value
+            elif name not in config.model:
+                continue
+            taken[name] = value
+        model = {k: v for k, v in taken.items() if command == "predict" or k not in self.model_class.facts}
+        self.config = self.parser.parse_object({command: {"model": model}}, self.config)
+        if taken:
+            rank_zero_info(f"settings of {source.path}: {summary(taken)}")
 
     def _parse_ckpt_path(self) -> None:
         command = self.config.subcommand
@@ -101,12 +138,12 @@ class CLI(LightningCLI):
             self.config[command].ckpt_path = None
             self.config = self.parser.parse_object({command: {"model": settings(self.exported)}}, self.config)
             return
-        if "backbone" in self.kept and names_backbone(sys.argv[1:]):
-            asked, trained = network(self.config[command].model.backbone), network(self.kept["backbone"])
-            if asked != trained:
+        if "backbone" in self.kept and asked("model.backbone"):
+            wanted, trained = network(self.config[command].model.backbone), network(self.kept["backbone"])
+            if wanted != trained:
                 raise WeightsError(
-                    f"{path}: the checkpoint is of {trained}, not of {asked}; leave model.backbone out to use it as it "
-                    f"is, or start another network from it by --model.init_from"
+                    f"{path}: the checkpoint is of {trained}, not of {wanted}; leave model.backbone out to use it as "
+                    f"it is, or start another network from it by --model.init_from"
                 )
         super()._parse_ckpt_path()
         given = [a.split("=")[0].removeprefix("--model.") for a in sys.argv if a.startswith("--model.")]
@@ -208,20 +245,26 @@ def network(backbone: Any) -> HRNetConfig:
     return resolve(backbone if isinstance(backbone, str | HRNetConfig) else dict(backbone))
 
 
-def names_backbone(args: list[str]) -> bool:
-    """Whether a backbone is asked for, on the command line or in a configuration named there (the defaults aside)."""
-    files = [path for path in configurations(args) if not path.is_relative_to(CONFIGS)]
-    contents = [yaml.safe_load(path.read_text()) or {} for path in files]
-    return any(a.startswith("--model.backbone") for a in args) or any(
-        "backbone" in (content.get("model") or {}) for content in contents
-    )
+def asked(name: str) -> bool:
+    """Whether a setting, or a part of it, was given on the command line or in a file named there that is not ours."""
+    dotted = [f"--{name}", f"--{name}".replace("data.", "data.init_args.", 1)]
+    if any(a.split("=")[0] == d or a.startswith(f"{d}.") for a in sys.argv[1:] for d in dotted):
+        return True
+    for path in configurations(sys.argv[1:]):
+        found = {} if path.is_relative_to(CONFIGS) else yaml.safe_load(path.read_text()) or {}
+        for part in name.split("."):
+            found = found.get("init_args", found) if isinstance(found, dict) else {}
+            found = found.get(part, {}) if isinstance(found, dict) else {}
+        if found != {}:
+            return True
+    return False
 
 
 def configurations(args: list[str]) -> list[Path]:
     """The files given by `-c` or `--config`."""
     found = [b for a, b in zip(args, args[1:], strict=False) if a in ("-c", "--config")]
     found += [a.split("=", 1)[1] for a in args if a.startswith(("--config=", "-c="))]
-    return [Path(path) for path in found]
+    return [Path(path).resolve() for path in found]
 
 
 def whole_numbers(args: list[str]) -> dict[str, int]:

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch.utils.data import default_collate
 
 from datamodules.rendered import RenderedLabels
-from hrnet import PRESETS, HRNetConfig, checkpoints
+from hrnet import PRESETS, HRNet, HRNetConfig, checkpoints
 from hrnet.checkpoints import WeightsError
 from hrnet.weights import InitFrom
 from tasks.classification import Classification
@@ -235,6 +235,21 @@ def test_backbones_move_between_tasks(fitted, call, cli, options, small, tmp_pat
     assert all(torch.equal(v, own[k]) for k, v in other.items())
 
 
+def test_backbone_of_another_width_is_adopted(call, options, tmp_path):
+    """Unless one is asked for: then it is said that they differ."""
+    torch.save(HRNet("w18_small_v2").state_dict(), tmp_path / "a.pth")
+    part = [f"--model.init_from.path={tmp_path / 'a.pth'}", "--model.init_from.part=backbone"]
+    run = call(tmp_path, "validate", *(o for o in options if "backbone" not in o), *part)
+    assert run.model.backbone.config == PRESETS["w18_small_v2"]
+    with pytest.raises(SystemExit, match="of another shape"):
+        call(tmp_path, "validate", *options, *part)
+
+
+def test_imagenet_names():
+    names = Classification(backbone="w18_small_v1").class_names
+    assert (names[0], names[-1]) == ("tench, Tinca tinca", "toilet tissue, toilet paper, bathroom tissue")
+
+
 def test_checkpoint_of_another_task_is_refused(fitted, cli, small, tmp_path):
     path = fitted.folder / "checkpoints" / "best.ckpt"
     with pytest.raises(SystemExit):
@@ -246,7 +261,7 @@ def test_pretrained_model_predicts_without_training(tmp_path, monkeypatch, call)
     theirs = timm.create_model("hrnet_w18_small", num_classes=4).eval()
     torch.save(theirs.state_dict(), tmp_path / "a.pth")
     cv2.imwrite(str(tmp_path / "p.jpg"), np.random.default_rng(0).integers(0, 255, (80, 90, 3), dtype=np.uint8))
-    model = ["--model.backbone=w18_small_v1", "--model.num_classes=4", f"--model.init_from={tmp_path / 'a.pth'}"]
+    model = [f"--model.init_from={tmp_path / 'a.pth'}"]
     quiet = ["--data.workers=0", "--trainer.enable_progress_bar=false", "--trainer.precision=32-true"]
     run = call(tmp_path, "predict", *model, f"--data.path={tmp_path / 'p.jpg'}", "--trainer.accelerator=cpu", *quiet)
     found = json.loads((run.folder / "predictions" / "results.json").read_text())[0]["classes"]

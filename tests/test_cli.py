@@ -18,7 +18,11 @@ import yaml
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
+from hrnet import HRNetConfig
+from hrnet.codecs import Heatmap
+from hrnet.dialects import to_dialect
 from tasks.cli import CONFIGS, with_default_data
+from tasks.pose import Pose
 
 LONG = ["--trainer.max_epochs=1", "--trainer.limit_train_batches=2", "--trainer.log_every_n_steps=1"]
 
@@ -267,6 +271,41 @@ def test_predict_takes_boxes(fitted, cli, folder, photos, tmp_path):
 def test_predict_without_a_checkpoint_says_so(cli, photos, tmp_path, caplog):
     cli(tmp_path, "predict", f"--data.path={photos}", *QUIET, "--model.backbone=w18_small_v1", "--model.size=[64,48]")
     assert "the network is untrained" in caplog.text
+
+
+@pytest.fixture(scope="module")
+def published(tmp_path_factory):
+    """An mmpose checkpoint of a network, a codec and a crop that are no default of ours."""
+    torch.manual_seed(0)
+    pose = Pose(backbone=HRNetConfig(8, modules=(1, 1, 1), blocks=1, stem=(1, 8)), init="kaiming")
+    state, _ = to_dialect({k: v for k, v in pose.state_dict().items() if k.startswith(("backbone", "head"))}, "mmpose")
+    config = "codec = dict(type='UDPHeatmap', input_size=(96, 128), sigma=3)\nmean=[127.5, 127.5, 127.5]"
+    path = tmp_path_factory.mktemp("published") / "a.pth"
+    torch.save({"state_dict": state, "meta": {"cfg": config}}, path)
+    return path
+
+
+def test_published_model_brings_its_protocol_to_predict(published, cli, photos, tmp_path):
+    quiet = ["--trainer.enable_progress_bar=false", "--trainer.accelerator=cpu", "--data.workers=0"]
+    run = cli(tmp_path, "predict", f"--model.init_from={published}", f"--data.path={photos}", *quiet)
+    assert run.model.backbone.config.width == 8
+    assert run.model.codec == Heatmap(3, encoding="udp", decoding="dark", blur=11)
+    assert run.model.mean.flatten().tolist() == pytest.approx([127.5] * 3, abs=1e-3)
+    data = run.cli.datamodule
+    assert (tuple(data.size), data.udp) == ((128, 96), True)
+    same = Pose.from_weights(str(published))
+    assert (same.codec, same.size, same.udp) == (run.model.codec, (128, 96), True)
+
+
+def test_published_model_brings_its_protocol_to_validate(published, cli, small, tmp_path):
+    """But what one asks for by name is as one says."""
+    args = [a for a in small if not a.startswith("--data.size")]
+    run = cli(tmp_path, "validate", *args, f"--model.init_from={published}", "--model.codec.decoding=quarter")
+    assert run.model.codec == Heatmap(3, encoding="udp", decoding="quarter", blur=11)
+    assert (tuple(run.cli.datamodule.size), run.cli.datamodule.udp, run.model.size) == ((128, 96), True, (128, 96))
+    assert len(run.model.skeleton_facts.names) == run.cli.datamodule.num_keypoints
+    run = cli(tmp_path, "validate", *small, f"--model.init_from={published}")
+    assert tuple(run.cli.datamodule.size) == (64, 48)
 
 
 # Loggers
@@ -546,7 +585,7 @@ def test_predict_warns_of_nothing(fitted, cli, photos, tmp_path, recwarn):
 
 def test_refused_runs_leave_no_folder(cli, small, tmp_path, capfd):
     refused(capfd, cli, tmp_path, "fit", *small, "--model.init_from=absent.pth")
-    assert not list((tmp_path / "runs" / "pose").iterdir())
+    assert not list(tmp_path.glob("runs/*/*"))
 
 
 def test_predict_wants_a_path(cli, tmp_path, capfd):
