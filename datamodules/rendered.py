@@ -20,6 +20,7 @@ from datamodules import scenes
 from datamodules.base import Instance, KeypointData, Keypoints
 from datamodules.coco_file import CocoFile, pairs_of, sigmas_of
 from datamodules.image_folder import ImageFolder
+from datamodules.mask_folder import MaskFolder
 from datamodules.metrics import KeypointAP, KeypointError
 
 
@@ -95,6 +96,31 @@ class RenderedLabels(ImageFolder):
 
     def classes(self) -> list[str]:
         return sorted(scenes.SCENE_CLASSES)  # known before anything is drawn
+
+
+class RenderedMasks(MaskFolder):
+    """The same scenes, with a class for every pixel.
+
+    Args:
+        root, train, val, seed, scene: see `Rendered`.
+        **kwargs: see `MaskFolder`.
+    """
+
+    def __init__(
+        self,
+        root: str = "runs/data/rendered",
+        train: int = 2000,
+        val: int = 200,
+        seed: int = 0,
+        scene: tuple[int, int] = (240, 320),
+        **kwargs: Any,
+    ) -> None:
+        self.counts, self.seed, self.scene = {"train": train, "val": val}, seed, scene
+        self.folder = cache(Path(root), self.counts, seed, scene)
+        super().__init__(str(self.folder), list(scenes.SEMANTIC), images="{}", masks="semantic/{}", **kwargs)
+
+    def prepare_data(self) -> None:
+        fill(self.folder, self.counts, self.seed, self.scene)
 
 
 def cache(root: Path, counts: dict[str, int], seed: int, scene: tuple[int, int]) -> Path:

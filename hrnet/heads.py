@@ -69,6 +69,94 @@ class HRNetV2(nn.Module):
         return self.last_layer(concatenate(maps, self.align_corners))
 
 
+class OCR(nn.Module):
+    """Object-contextual representations on the concatenated maps (arXiv 1909.11065; official seg_hrnet_ocr.py): a coarse
+    segmentation gathers one vector a class, and every pixel attends to those.
+
+    Args:
+        channels: of the maps, concatenated to sum(channels).
+        num_outputs: classes.
+        width, key: channels of the pixel representations, and of queries, keys and values.
+        dropout: on what the final classifier sees.
+        align_corners: see `HRNetV2`; True in every official OCR model, False in OpenMMLab's.
+
+    `forward(maps)` gives `[B, num_outputs, H/4, W/4]`; `both(maps)` that and the coarse segmentation, which has a loss of
+    its own (official weight 0.4).
+    """
+
+    maps = 4
+
+    def __init__(
+        self,
+        channels: list[int],
+        num_outputs: int,
+        width: int = 512,
+        key: int = 256,
+        dropout: float = 0.05,
+        align_corners: bool = True,
+    ) -> None:
+        super().__init__()
+        self.align_corners = align_corners
+        total = sum(channels)
+        self.conv3x3_ocr = nn.Sequential(
+            nn.Conv2d(total, width, 3, padding=1), nn.BatchNorm2d(width), nn.ReLU(inplace=True)
+        )
+        self.aux_head = nn.Sequential(
+            nn.Conv2d(total, total, 1), nn.BatchNorm2d(total), nn.ReLU(inplace=True), nn.Conv2d(total, num_outputs, 1)
+        )
+        self.ocr_distri_head = ObjectContext(width, key, dropout)
+        self.cls_head = nn.Conv2d(width, num_outputs, 1)
+        # Convolutions stay at torch's default here, as officially: their names are those it leaves out of its own.
+
+    def forward(self, maps: list[Tensor]) -> Tensor:
+        return self.both(maps)[0]
+
+    def both(self, maps: list[Tensor]) -> tuple[Tensor, Tensor]:
+        """The segmentation, and the coarse one it started from."""
+        x = concatenate(maps, self.align_corners)
+        coarse = self.aux_head(x)
+        pixels = self.conv3x3_ocr(x)
+        # Over all places of the image: too long a sum for less than fp32.
+        with torch.autocast(x.device.type, enabled=False):
+            share = coarse.float().flatten(2).softmax(-1)
+            objects = (share @ pixels.float().flatten(2).transpose(1, 2)).transpose(1, 2)[..., None]
+        return self.cls_head(self.ocr_distri_head(pixels, objects.to(pixels.dtype))), coarse
+
+
+class ObjectContext(nn.Module):
+    """Attention of pixels `[B, C, H, W]` to objects `[B, C, K, 1]`; their context joined with the pixels."""
+
+    def __init__(self, width: int, key: int, dropout: float) -> None:
+        super().__init__()
+
+        def project(*widths: int) -> nn.Sequential:
+            layers: list[nn.Module] = []
+            for a, b in zip(widths, widths[1:], strict=False):
+                # BN and ReLU are one module in the official names (its BN may be one with an activation).
+                layers += [nn.Conv2d(a, b, 1, bias=False), nn.Sequential(nn.BatchNorm2d(b), nn.ReLU(inplace=True))]
+            return nn.Sequential(*layers)
+
+        self.object_context_block = nn.ModuleDict(
+            {
+                "f_pixel": project(width, key, key),
+                "f_object": project(width, key, key),
+                "f_down": project(width, key),
+                "f_up": project(key, width),
+            }
+        )
+        self.conv_bn_dropout = nn.Sequential(*project(2 * width, width), nn.Dropout2d(dropout))
+
+    def forward(self, pixels: Tensor, objects: Tensor) -> Tensor:
+        block = self.object_context_block
+        query = block["f_pixel"](pixels).flatten(2).transpose(1, 2)
+        key, value = block["f_object"](objects).flatten(2), block["f_down"](objects).flatten(2)
+        with torch.autocast(pixels.device.type, enabled=False):
+            share = (query.float() @ key.float() * key.shape[1] ** -0.5).softmax(-1)
+            context = share @ value.float().transpose(1, 2)
+        context = context.transpose(1, 2).unflatten(2, pixels.shape[-2:]).to(pixels.dtype)
+        return self.conv_bn_dropout(torch.cat([block["f_up"](context), pixels], 1))
+
+
 class HRNetV2p(nn.Module):
     """A pyramid pooled from the mixed high-resolution map (paper, fig. 4c; official hrfpn.py).
 

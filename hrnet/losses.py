@@ -2,6 +2,8 @@
 
 from dataclasses import dataclass
 
+import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 
@@ -28,3 +30,55 @@ class JointsMSE:
                 raise ValueError(f"topk={self.topk}, but there are only {error.shape[1]} keypoints")
             error = error.topk(self.topk, dim=1).values
         return error.mean() / 2
+
+
+@dataclass(frozen=True)
+class CrossEntropy:
+    """Cross-entropy of every labelled pixel, the mean weighted by class; 0 where no pixel is labelled.
+
+    Args:
+        ignore: the label that does not count.
+    """
+
+    ignore: int = 255
+
+    def __call__(self, logits: Tensor, label: Tensor, weight: Tensor | None = None) -> Tensor:
+        """Scalar loss in fp32.
+
+        Args:
+            logits: `[B, C, H, W]`. label: integers `[B, H, W]`, 0 to C - 1 or `ignore`.
+            weight: `[C]`, of the classes.
+        """
+        error = F.cross_entropy(logits.float(), label.long(), weight, ignore_index=self.ignore, reduction="sum")
+        valid = label != self.ignore
+        total = valid.sum() if weight is None else weight[label.long().where(valid, 0)].where(valid, 0).sum()
+        return error / total.clamp(min=torch.finfo(torch.float32).tiny)
+
+
+@dataclass(frozen=True)
+class OHEM:
+    """Cross-entropy of the hardest pixels (official criterion.py OhemCrossEntropy): of those whose own class got less
+    than `threshold`, and of the `keep` worst at least.
+
+    Args:
+        threshold: probability below which a pixel is hard; 0.9 in the official YAML.
+        keep: pixels of the batch that are kept however easy they are.
+        ignore: the label that does not count.
+    """
+
+    threshold: float = 0.9
+    keep: int = 131072
+    ignore: int = 255
+
+    def __call__(self, logits: Tensor, label: Tensor, weight: Tensor | None = None) -> Tensor:
+        """Scalar loss, see `CrossEntropy`; the official mean is over the kept pixels, not over their weights."""
+        logits, label = logits.float(), label.long()
+        error = F.cross_entropy(logits, label, weight, ignore_index=self.ignore, reduction="none").flatten()
+        valid = (label != self.ignore).flatten()
+        with torch.no_grad():
+            own = logits.softmax(1).gather(1, label.where(label != self.ignore, 0)[:, None]).flatten()
+            # Sorting what does not count to the end spares the host to ask how many count.
+            ranked = own.where(valid, 2.0).sort().values
+            last = (valid.sum() - 1).clamp(min=0, max=self.keep)
+            kept = valid & (own < ranked.gather(0, last[None]).clamp(min=self.threshold))
+        return error.where(kept, 0).sum() / kept.sum().clamp(min=1)

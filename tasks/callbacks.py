@@ -103,6 +103,8 @@ class Predictions(Callback):
     def on_predict_start(self, trainer: L.Trainer, task: Any) -> None:
         self.dataset = trainer.datamodule.datasets["predict"]  # type: ignore[attr-defined]
         self.metric = task.collector(self.dataset.instances)
+        if hasattr(self.metric, "folder") and trainer.log_dir is not None:  # what writes as it goes
+            self.metric.folder = Path(trainer.log_dir) / "predictions"
 
     def on_predict_batch_end(
         self, trainer: L.Trainer, task: Any, outputs: Any, batch: Any, index: int, loader: int = 0

@@ -11,17 +11,37 @@ class WarmupCosine(LambdaLR):
     `lr_interval: step`.
 
     Args:
+        total: None is the length of the run.
         minimum: as a share of the optimiser's learning rate.
     """
 
-    def __init__(self, optimizer: Optimizer, warmup: int, total: int, minimum: float = 0.0) -> None:
-        if not 0 <= warmup < total:
+    def __init__(self, optimizer: Optimizer, warmup: int, total: int | None = None, minimum: float = 0.0) -> None:
+        if not 0 <= warmup < (total or warmup + 1):
             raise ValueError(f"warmup must be at least 0 and less than total, got {warmup} and {total}")
+        self.total = total
 
         def factor(now: int) -> float:
             if now < warmup:
                 return (now + 1) / (warmup + 1)
-            share = min(1.0, (now - warmup) / (total - warmup))
+            if self.total is None:
+                return 1.0
+            share = min(1.0, (now - warmup) / max(1, self.total - warmup))
             return minimum + (1 - minimum) * (1 + math.cos(math.pi * share)) / 2
+
+        super().__init__(optimizer, factor)
+
+
+class Poly(LambdaLR):
+    """(1 - now / total) ** power, as the official segmentation code (and DeepLab) count steps.
+
+    Args:
+        total: epochs, or steps with `lr_interval: step`; None is the length of the run.
+    """
+
+    def __init__(self, optimizer: Optimizer, total: int | None = None, power: float = 0.9) -> None:
+        self.total = total
+
+        def factor(now: int) -> float:
+            return 1.0 if self.total is None else max(0.0, 1 - now / self.total) ** power
 
         super().__init__(optimizer, factor)

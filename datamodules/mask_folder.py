@@ -1,0 +1,261 @@
+"""Any folder of images and masks: one mask a picture, with a number or a colour for every class.
+
+`python -m datamodules.mask_folder check ROOT [--classes ...]` reads everything and says what is wrong.
+"""
+
+import argparse
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from datamodules.base import DataModule
+from datamodules.images import IMAGES, files_of
+from datamodules.masks import IGNORE, MaskData, MaskDataset, Masked, collate, dims, read_mask
+from datamodules.transforms import Array, DataError
+
+MASKS = {".png", ".bmp", ".tif", ".tiff", ".gif"}
+
+
+class MaskFolder(MaskData):
+    """Images and masks of the same names, in a folder a split: `images/train/a.jpg` and `masks/train/a.png`.
+
+    Args:
+        root: folder that all other paths start from.
+        classes: names in the order of the masks' values; a file with a name a line; or a mapping from names to what the
+            masks hold: a number, a list of numbers, or a colour "#rrggbb" (or a list of them).
+        ignore: numbers or colours that do not count; 255 always.
+        train, val, test: names of the splits' folders; None as test is val. Or `.txt` files with an image's name a line.
+        images, masks: folders, `{}` stands for the split.
+        suffix: what a mask's name has behind the image's, such as "_mask".
+        **kwargs: see `MaskData`.
+
+    Raises:
+        DataError: if folders are missing, an image has no mask or the reverse.
+    """
+
+    def __init__(
+        self,
+        root: str = "data/masks",
+        classes: str | list[str] | dict[str, Any] = "classes.txt",
+        ignore: Sequence[int | str] = (),
+        train: str = "train",
+        val: str = "val",
+        test: str | None = None,
+        images: str = "images/{}",
+        masks: str = "masks/{}",
+        suffix: str = "",
+        **kwargs: Any,
+    ) -> None:
+        self.root, self.images, self.masks, self.suffix = Path(root), images, masks, suffix
+        self.splits = {"train": train, "val": val, "test": test or val}
+        names, values, palette = meaning(self.listed(classes), ignore)
+        kwargs.setdefault("palette", palette)
+        super().__init__(names, values, **kwargs)
+
+    def listed(self, classes: str | list[str] | dict[str, Any]) -> list[str] | Mapping[str, Any]:
+        if not isinstance(classes, str):
+            return classes
+        path = self.root / classes
+        if not path.is_file():
+            raise DataError(
+                f"{path}: no such file; write the classes' names there, one a line in the order of the masks' values, or "
+                f"give them by `classes: [sky, road, ...]`"
+            )
+        return [line.strip() for line in path.read_text().splitlines() if line.strip()]
+
+    def place(self, split: str) -> str:
+        return str(self.folders(split)[0])
+
+    def folders(self, split: str) -> tuple[Path, Path]:
+        name = "" if self.splits[split].endswith(".txt") else self.splits[split]
+        return self.root / self.images.format(name), self.root / self.masks.format(name)
+
+    def pairs(self, split: str) -> list[tuple[Path, Path]]:
+        images, masks = self.folders(split)
+        for folder in (images, masks):
+            if not folder.is_dir():
+                raise DataError(f"{folder}: no such folder; `images` and `masks` say where they are ({{}} = the split)")
+        pictures = {p.relative_to(images).with_suffix("").as_posix(): p for p in below(images, IMAGES)}
+        found = {p.relative_to(masks).with_suffix("").as_posix(): p for p in below(masks, MASKS)}
+        found = {name.removesuffix(self.suffix): p for name, p in found.items() if name.endswith(self.suffix)}
+        if images == masks:  # side by side, told apart by the suffix
+            pictures = {n: p for n, p in pictures.items() if not (self.suffix and n.endswith(self.suffix))}
+        if self.splits[split].endswith(".txt"):
+            lines = (self.root / self.splits[split]).read_text().split()
+            wanted = {
+                str(Path(line).with_suffix("")) if Path(line).suffix.lower() in IMAGES else line for line in lines
+            }
+            pictures = {n: p for n, p in pictures.items() if n in wanted}
+            found = {n: p for n, p in found.items() if n in wanted}
+        lone, spare = sorted(pictures.keys() - found.keys()), sorted(found.keys() - pictures.keys())
+        if lone or spare:
+            raise DataError(
+                f"{images}: {len(lone)} images without a mask in {masks} (first {lone[:3]}), {len(spare)} masks without "
+                f"an image (first {spare[:3]}); a mask is called as its image{' + ' + self.suffix if self.suffix else ''}"
+            )
+        return [(pictures[name], found[name]) for name in sorted(pictures)]
+
+
+class MaskPhotos(DataModule):
+    """Pictures or a video without masks, to predict on.
+
+    Args:
+        path: a folder, a pattern, a picture, a `.txt` list of them, several of these, or one video.
+        eval_size: see `MaskDataset`.
+        **kwargs: see `DataModule`.
+    """
+
+    def __init__(
+        self, path: str | list[str], eval_size: tuple[int, int] | None = None, batch_size: int = 1, **kwargs: Any
+    ) -> None:
+        super().__init__(batch_size, **kwargs)
+        self.path, self.eval_size = path, eval_size
+
+    def setup(self, stage: str) -> None:
+        from datamodules.images import VIDEOS
+        from datamodules.video import Video
+
+        if stage != "predict":
+            raise DataError(f"{self.path}: no masks, so there is nothing to {stage}; use it with predict")
+        paths = [self.path] if isinstance(self.path, str) else self.path
+        files = sorted({file for path in paths for file in files_of(path)})
+        if not files:
+            raise DataError(
+                f"{self.path}: no picture found (of {', '.join(sorted(IMAGES))}); a video is given by itself"
+            )
+        if any(file.suffix.lower() in VIDEOS for file in files):
+            if len(files) > 1:
+                raise DataError(f"{self.path}: a video goes alone; predict on one after the other")
+            video = Video(files[0])
+            self.workers = min(self.workers, 1)
+            frames = [Masked(f"{files[0]}#{i}", i) for i in range(len(video))]
+            self.datasets["predict"] = Frames(video, frames, self.eval_size)
+        else:
+            found = [Masked(str(file), i) for i, file in enumerate(files)]
+            self.datasets["predict"] = MaskDataset(found, np.zeros(256), (1, 1), eval_size=self.eval_size)
+
+    def loader(self, split: str) -> Any:
+        loader = super().loader(split)
+        loader.collate_fn = collate
+        return loader
+
+
+class Frames(MaskDataset):
+    """The frames of a video."""
+
+    def __init__(self, video: Any, frames: list[Masked], eval_size: tuple[int, int] | None) -> None:
+        super().__init__(frames, np.zeros(256), (1, 1), eval_size=eval_size)
+        self.video = video
+
+    def read(self, instance: Masked) -> Array:
+        return self.video[int(instance.path.rsplit("#", 1)[1])]
+
+
+def below(folder: Path, kinds: set[str]) -> list[Path]:
+    return [p for p in folder.rglob("*") if p.suffix.lower() in kinds and p.name[0] != "."]
+
+
+def meaning(
+    classes: Sequence[str] | Mapping[str, Any], ignore: Sequence[int | str] = ()
+) -> tuple[list[str], Array | dict[tuple[int, int, int], int], list[list[int]] | None]:
+    """Names, what the masks' values stand for, and the palette if colours are given.
+
+    Raises:
+        DataError: if a value stands for two classes, or numbers and colours are mixed.
+    """
+    stored = dict(enumerate([v] for v in range(len(classes)))) if not isinstance(classes, Mapping) else {}
+    names = list(classes)
+    if isinstance(classes, Mapping):
+        stored = {i: v if isinstance(v, list) else [v] for i, v in enumerate(classes.values())}
+    if len(names) < 2:
+        raise DataError(f"classes are {names}: to segment takes two at least (background counts as one)")
+    left_out = [*ignore]
+    kinds = {isinstance(v, str) for values in [*stored.values(), left_out] for v in values}
+    if len(kinds) > 1:
+        raise DataError("classes and ignore mix numbers with colours; give either (colours are '#rrggbb')")
+    table = [(v, i) for i, values in stored.items() for v in values]
+    twice = {v for v, _ in table if sum(v == w for w, _ in table) > 1 or v in left_out}
+    if twice:
+        raise DataError(f"{sorted(twice)} stand for two classes, or for a class and for what is ignored")
+    if kinds == {True}:
+        colours = {rgb(v): i for v, i in table} | {rgb(str(v)): IGNORE for v in left_out}
+        return names, colours, [list(rgb(stored[i][0])) for i in range(len(names))]
+    values = np.full(256, -1, np.int16)
+    values[IGNORE] = IGNORE
+    for v, i in [*table, *((v, IGNORE) for v in left_out)]:
+        if not 0 <= int(v) <= 255:
+            raise DataError(f"{v}: masks hold 0 to 255")
+        values[int(v)] = i
+    return names, values, None
+
+
+def rgb(colour: str) -> tuple[int, int, int]:
+    """ "#804080" as three numbers."""
+    text = colour.removeprefix("#")
+    try:
+        assert len(text) == 6
+        return int(text[:2], 16), int(text[2:4], 16), int(text[4:], 16)
+    except (ValueError, AssertionError):
+        raise DataError(f"{colour!r} is no colour; write '#rrggbb'") from None
+
+
+def report(data: MaskData, splits: Sequence[str]) -> list[str]:
+    """Every fault of a data set's files, and its class frequencies printed."""
+    faults = []
+    for split in splits:
+        try:
+            pairs = data.pairs(split)
+        except DataError as error:
+            faults.append(str(error))
+            continue
+        counts = np.zeros(256, np.int64)
+        for image, mask in pairs:
+            try:
+                width, height = dims(image)
+                counts += np.bincount(read_mask(str(mask), data.values, (height, width)).ravel(), minlength=256)
+            except DataError as error:
+                faults.append(str(error))
+        print(f"{split}: {len(pairs)} images, {counts[IGNORE] / max(1, counts.sum()):.1%} of the pixels ignored")
+        if not pairs:
+            faults.append(f"{data.place(split)}: the {split} split is empty")
+        share = counts[: data.num_classes] / max(1, counts[: data.num_classes].sum())
+        print("  " + ", ".join(f"{n} {s:.2%}" for n, s in zip(data.class_names, share, strict=True)))
+        absent = [n for n, s in zip(data.class_names, share, strict=True) if s == 0]
+        if absent and pairs:
+            print(f"  never seen: {', '.join(absent)}")
+    return faults
+
+
+def finish(faults: list[str]) -> None:
+    """Exit with what was found."""
+    if faults:
+        shown = "\n".join(f"- {fault}" for fault in faults[:20])
+        raise SystemExit(f"{len(faults)} faults\n{shown}" + ("\n..." if len(faults) > 20 else ""))
+    print("no fault")
+
+
+def main() -> None:
+    """Read every image's header and every mask of a folder, and say what is wrong."""
+    parser = argparse.ArgumentParser(prog="python -m datamodules.mask_folder", description=main.__doc__)
+    parser.add_argument("command", choices=["check"])
+    parser.add_argument("root")
+    parser.add_argument("--classes", help="a file below ROOT, or JSON: a list of names, or a mapping", default=None)
+    parser.add_argument("--ignore", help="JSON list", default="[]")
+    for name in ("train", "val", "test", "images", "masks", "suffix"):
+        parser.add_argument(f"--{name}")
+    args = parser.parse_args()
+    given = {k: v for k, v in vars(args).items() if v is not None and k not in ("command", "root", "ignore")}
+    if str(given.get("classes", "")).startswith(("[", "{")):
+        given["classes"] = json.loads(given["classes"])
+    try:
+        data = MaskFolder(args.root, ignore=json.loads(args.ignore), **given)
+    except DataError as error:
+        raise SystemExit(str(error)) from None
+    finish(report(data, ["train", "val"] + (["test"] if args.test else [])))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,385 @@
+"""Images with a class for every pixel: what all segmentation data share, and the batch they yield."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, TypedDict
+
+import albumentations as A
+import cv2
+import numpy as np
+import torch
+from lightning.pytorch.utilities.rank_zero import rank_zero_info
+from PIL import Image
+from torch import Tensor
+from torch.utils.data import Dataset, default_collate
+from torchmetrics import Metric
+
+from datamodules.base import DataModule
+from datamodules.iou import MeanIoU
+from datamodules.transforms import Array, DataError, read_image
+
+IGNORE = 255
+"""The label that does not count."""
+
+
+class MaskBatch(TypedDict):
+    """A batch for the segmentation task.
+
+    image: uint8 RGB `[B, 3, H, W]`. mask: uint8 `[B, h, w]`, class numbers, 255 = ignore; of the image's size in
+    training, of the original's in evaluation. size: Long `[B, 2]`, the (h, w) to predict at. id: Long `[B]`, the sample's
+    index in its data set.
+    """
+
+    image: Tensor
+    mask: Tensor
+    size: Tensor
+    id: Tensor
+
+
+@dataclass(frozen=True)
+class MaskAugmentation:
+    """Random crops for segmentation; defaults are the official recipe (seg/lib/datasets/base_dataset.py).
+
+    Args:
+        scale: range of the factor on the image's size; official code draws 0.5 to 2.1, the paper says 0.5 to 2.
+        step: of its grid; 0 draws from the whole range.
+        rotation: largest angle in degrees.
+        flip: probability of a mirror image.
+        brightness: probability of adding one number of -10 to 10 to all values (official, off in its recipes).
+        colour: strength of jitter in brightness, contrast, saturation and hue, 0 to 1; not official, 0 is none.
+        blur: probability of a slight Gaussian blur.
+    """
+
+    scale: tuple[float, float] = (0.5, 2.1)
+    step: float = 0.1
+    rotation: float = 0.0
+    flip: float = 0.5
+    brightness: float = 0.0
+    colour: float = 0.0
+    blur: float = 0.0
+
+    def factor(self, rng: np.random.Generator) -> float:
+        low, high = self.scale
+        if self.step == 0 or low == high:
+            return float(rng.uniform(low, high))
+        return float(low + self.step * rng.integers(round((high - low) / self.step) + 1))
+
+    def look(self) -> A.Compose | None:
+        """What changes colours only, or None."""
+        steps: list[Any] = []
+        if self.colour:
+            c = self.colour
+            steps.append(A.ColorJitter((1 - c, 1 + c), (1 - c, 1 + c), (1 - c, 1 + c), (-c / 8, c / 8), p=0.8))
+            steps.append(A.RandomGamma((100 - 50 * c, 100 + 80 * c), p=0.5))
+        if self.blur:
+            steps.append(A.GaussianBlur((3, 5), p=self.blur))
+        return A.Compose(steps) if steps else None
+
+
+@dataclass(slots=True)
+class Masked:
+    """A picture and its mask; "" where there is none."""
+
+    path: str
+    image_id: int
+    mask: str = ""
+
+
+class MaskDataset(Dataset):
+    """Pictures and masks; in training random crops of `size`, else the whole.
+
+    Args:
+        instances: what to read.
+        values: class number of every stored value 0 to 255, `[256]`, 255 = ignore, -1 = not expected; or colours of classes
+            `{(r, g, b): number}`.
+        size: (H, W) of training crops.
+        base: longer side that the image is brought to before the random factor; None leaves it.
+        augmentation: None for evaluation.
+        eval_size: (H, W) that evaluation resizes images (not masks) to; None leaves them.
+        swaps: pairs of classes that a mirror exchanges.
+        lookup: how the message calls the setting to change.
+    """
+
+    def __init__(
+        self,
+        instances: Sequence[Masked],
+        values: Array | dict[tuple[int, int, int], int],
+        size: tuple[int, int],
+        base: int | None = None,
+        augmentation: MaskAugmentation | None = None,
+        eval_size: tuple[int, int] | None = None,
+        swaps: Sequence[Sequence[int]] = (),
+    ) -> None:
+        self.instances, self.values, self.size, self.base = instances, values, size, base
+        self.augmentation, self.eval_size = augmentation, eval_size
+        self.look = augmentation.look() if augmentation else None
+        self.mirrored = np.arange(256, dtype=np.uint8)
+        for a, b in swaps:
+            self.mirrored[[a, b]] = b, a
+
+    def __len__(self) -> int:
+        return len(self.instances)
+
+    def read(self, instance: Masked) -> Array:
+        return read_image(instance.path)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        instance = self.instances[index]
+        image = self.read(instance)
+        mask = read_mask(instance.mask, self.values, image.shape[:2]) if instance.mask else None
+        size = image.shape[:2]
+        if self.augmentation is not None:
+            assert mask is not None
+            image, mask = self.crop(image, mask)
+            size = self.size
+        elif self.eval_size is not None:
+            image = cv2.resize(image, self.eval_size[::-1], interpolation=cv2.INTER_LINEAR)
+        sample = {"image": image.transpose(2, 0, 1).copy(), "size": np.array(size), "id": index}
+        return sample if mask is None else sample | {"mask": mask}
+
+    def crop(self, image: Array, mask: Array) -> tuple[Array, Array]:
+        """A random crop at a random scale, black and ignored beyond the image: one warp for all of it.
+
+        Raises nothing: a crop may show no labelled pixel, whose loss is 0.
+        """
+        augment = self.augmentation
+        assert augment is not None
+        rng = np.random.default_rng(int(torch.randint(2**62, ())))
+        height, width = image.shape[:2]
+        factor = augment.factor(rng) * (1 if self.base is None else self.base / max(height, width))
+        scaled = np.array([width, height]) * factor
+        target = np.array([self.size[1], self.size[0]])
+        # Where the image is smaller it is padded at the right and below, as officially.
+        offset = np.floor(rng.random(2) * (np.maximum(scaled - target, 0) + 1))
+        offset = np.minimum(offset, np.maximum(scaled - target, 0))
+        matrix = np.array([[factor, 0.0, factor / 2 - 0.5 - offset[0]], [0.0, factor, factor / 2 - 0.5 - offset[1]]])
+        if augment.rotation:
+            angle = rng.uniform(-augment.rotation, augment.rotation)
+            centre = (target - 1) / 2
+            turn = cv2.getRotationMatrix2D((float(centre[0]), float(centre[1])), angle, 1.0)
+            matrix = turn @ np.vstack([matrix, [0, 0, 1]])
+        if rng.random() < augment.flip:
+            matrix[0] = -matrix[0]
+            matrix[0, 2] += target[0] - 1
+            mask = self.mirrored[mask]
+        place = (int(target[0]), int(target[1]))
+        image = cv2.warpAffine(image, matrix, place, flags=cv2.INTER_LINEAR)
+        mask = cv2.warpAffine(mask, matrix, place, flags=cv2.INTER_NEAREST, borderValue=IGNORE)
+        if rng.random() < augment.brightness:
+            image = np.clip(image.astype(np.int16) + rng.integers(-10, 11), 0, 255).astype(np.uint8)
+        if self.look is not None:
+            self.look.set_random_seed(int(rng.integers(2**31)))
+            image = self.look(image=image)["image"]
+        return image, mask
+
+
+class MaskData(DataModule):
+    """Loaders of images and masks. A subclass says `pairs(split)`.
+
+    Args:
+        class_names: of the classes 0, 1, ...
+        values: see `MaskDataset`.
+        palette: RGB of every class, for pictures; None chooses.
+        size: (H, W) of training crops.
+        base, augmentation, eval_size: see `MaskDataset`.
+        class_weights: of the loss: a number a class; or from the frequencies in the training masks, "median" (median
+            frequency balancing) or "log" (ENet, 1 / ln(1.02 + share)), which reads them all once; None is none.
+        flip_pairs: classes that a mirror exchanges, such as left and right arm.
+        eval_batch_size: 1 unless all images are of one size.
+        **kwargs: see `DataModule`.
+
+    Attributes:
+        num_classes, class_names, palette, class_weights, flip_pairs: facts that the command line gives to the task.
+
+    Raises:
+        DataError: if a split is empty, images and masks do not belong together, or a mask holds other values.
+    """
+
+    def __init__(
+        self,
+        class_names: Sequence[str],
+        values: Array | dict[tuple[int, int, int], int],
+        palette: Sequence[Sequence[int]] | None = None,
+        size: tuple[int, int] = (512, 1024),
+        base: int | None = None,
+        augmentation: MaskAugmentation = MaskAugmentation(),
+        eval_size: tuple[int, int] | None = None,
+        class_weights: list[float] | Literal["median", "log"] | None = None,
+        flip_pairs: Sequence[Sequence[int]] = (),
+        eval_batch_size: int | None = 1,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(eval_batch_size=eval_batch_size, **kwargs)
+        self.class_names, self.values = list(class_names), values
+        self.num_classes = len(self.class_names)
+        self.palette = [list(map(int, c)) for c in palette] if palette else distinct(self.num_classes)
+        self.size, self.base, self.augmentation, self.eval_size = size, base, augmentation, eval_size
+        self.flip_pairs = [list(map(int, pair)) for pair in flip_pairs]
+        self.class_weights = self.weights(class_weights)
+
+    def pairs(self, split: str) -> list[tuple[Path, Path]]:
+        """Image and mask of every sample of "train", "val" or "test"."""
+        raise NotImplementedError
+
+    def weights(self, how: list[float] | Literal["median", "log"] | None) -> list[float] | None:
+        if how is None:
+            return None
+        if not isinstance(how, str):
+            if len(how) != self.num_classes:
+                raise DataError(f"class_weights has {len(how)} numbers for {self.num_classes} classes")
+            return [float(x) for x in how]
+        self.prepare_data()  # the masks may have to be made first
+        share = self.frequencies("train")
+        if how == "log":
+            found = 1 / np.log(1.02 + share)
+        else:
+            found = np.median(share[share > 0]) / np.maximum(share, 1e-12)
+        found = np.where(share > 0, found, 1.0)
+        rank_zero_info(
+            "class weights: " + ", ".join(f"{n} {w:.3g}" for n, w in zip(self.class_names, found, strict=True))
+        )
+        return [round(float(x), 4) for x in found]
+
+    def frequencies(self, split: str) -> Array:
+        """Share `[C]` of every class in a split's labelled pixels."""
+        counts = np.zeros(256, np.int64)
+        for image, mask in self.pairs(split):
+            counts += np.bincount(read_mask(str(mask), self.values, None, image).ravel(), minlength=256)
+        return counts[: self.num_classes] / max(1, counts[: self.num_classes].sum())
+
+    def instances(self, split: str) -> list[Masked]:
+        pairs = self.pairs(split)
+        if not pairs:
+            raise DataError(f"{self.place(split)}: the {split} split is empty; add images, or name another folder")
+        faults = [f"{mask} is {b}, {image} is {a}" for image, mask in pairs if (a := dims(image)) != (b := dims(mask))]
+        if faults:
+            raise DataError(
+                f"{len(faults)} masks are of another size (W, H) than their images, so that labels would shift: "
+                f"{'; '.join(faults[:3])}"
+            )
+        return [Masked(str(image), i, str(mask)) for i, (image, mask) in enumerate(pairs)]
+
+    def place(self, split: str) -> str:
+        """Where a split lies, for messages."""
+        return split
+
+    def setup(self, stage: str) -> None:
+        for split in {"fit": ["train", "val"], "validate": ["val"], "test": ["test"]}[stage]:
+            if split not in self.datasets:
+                train = split == "train"
+                self.datasets[split] = MaskDataset(
+                    self.instances(split),
+                    self.values,
+                    self.size,
+                    self.base,
+                    self.augmentation if train else None,
+                    self.eval_size,
+                    self.flip_pairs,
+                )
+
+    def loader(self, split: str) -> Any:
+        loader = super().loader(split)
+        loader.collate_fn = collate
+        return loader
+
+    def metric(self, split: str = "val") -> Metric:
+        """mIoU and what belongs to it."""
+        return MeanIoU(self.class_names)
+
+
+def collate(samples: list[dict[str, Any]]) -> Any:
+    """As torch does, with a word on images of different sizes."""
+    shapes = {sample["image"].shape for sample in samples}
+    if len(shapes) > 1:
+        raise DataError(f"images of a batch differ in size {sorted(shapes)[:3]}: set data.eval_batch_size to 1")
+    return default_collate(samples)
+
+
+def dims(path: Path) -> tuple[int, int]:
+    """(W, H) of an image file, from its header.
+
+    Raises:
+        DataError: if there is none.
+    """
+    try:
+        with Image.open(path) as file:
+            return file.size
+    except FileNotFoundError:
+        raise DataError(f"{path}: no such file; check the image and mask folders") from None
+    except Exception as error:
+        raise DataError(f"{path}: broken or no image ({error}); copy it anew, or remove it") from None
+
+
+def read_mask(
+    path: str,
+    values: Array | dict[tuple[int, int, int], int],
+    size: tuple[int, ...] | None = None,
+    image: Path | None = None,
+) -> Array:
+    """Class numbers uint8 `[H, W]` of a mask file, 255 = ignore.
+
+    Args:
+        values: see `MaskDataset`. size: (H, W) that it has to have.
+
+    Raises:
+        DataError: naming the file and the value that is of no class.
+    """
+    try:
+        with Image.open(path) as file:
+            colours = isinstance(values, dict)
+            stored = np.asarray(file.convert("RGB") if colours else file)
+            mode = file.mode
+    except FileNotFoundError:
+        raise DataError(f"{path}: no such mask; every image needs one") from None
+    except (OSError, SyntaxError, ValueError) as error:
+        raise DataError(f"{path}: broken or no image ({error}); copy it anew, or remove it") from None
+    if size is not None and stored.shape[:2] != tuple(size[:2]):
+        raise DataError(f"{path}: the mask is {stored.shape[1::-1]} and its image {size[1::-1]} (W, H) pixels large")
+    if isinstance(values, dict):
+        return of_colours(stored, values, path)
+    if stored.ndim != 2:
+        raise DataError(
+            f"{path}: a picture of mode {mode} where one number a pixel was expected; for masks that give classes by "
+            f"colour say so, `classes: {{road: '#804080', ...}}` (datamodules.mask_folder)"
+        )
+    if stored.dtype == bool:
+        stored = stored.astype(np.uint8)
+    if stored.max(initial=0) > 255 or stored.min(initial=0) < 0:
+        raise DataError(f"{path}: holds the value {int(stored.max())}; masks hold 0 to 255")
+    found = values[stored.astype(np.uint8)]
+    if (found < 0).any():
+        alien = sorted(int(v) for v in np.unique(stored[found < 0]))
+        known = sum(int((values == c).any()) for c in range(256) if c != IGNORE)
+        raise DataError(
+            f"{path}: holds {alien[:8]}, which no class has ({known} classes); name what it is in the class list, or "
+            f"leave it out by `ignore: {alien[:8]}`"
+        )
+    return found.astype(np.uint8)
+
+
+def of_colours(stored: Array, values: dict[tuple[int, int, int], int], path: str) -> Array:
+    """Class numbers of an RGB mask `[H, W, 3]`."""
+    code = (stored[..., 0].astype(np.int32) << 16) | (stored[..., 1].astype(np.int32) << 8) | stored[..., 2]
+    keys = np.array([(r << 16) | (g << 8) | b for r, g, b in values])
+    order = keys.argsort()
+    numbers = np.array(list(values.values()), np.uint8)[order]
+    place = np.searchsorted(keys[order], code).clip(max=len(keys) - 1)
+    wrong = keys[order][place] != code
+    if wrong.any():
+        y, x = np.argwhere(wrong)[0]
+        colour = "#{:02x}{:02x}{:02x}".format(*stored[y, x])
+        raise DataError(
+            f"{path}: the colour {colour} at x {x}, y {y} is no class's; add it to `classes` or to `ignore` (a mask "
+            f"saved as JPEG, or resized smoothly, has such colours and is no good)"
+        )
+    return numbers[place]
+
+
+def distinct(count: int) -> list[list[int]]:
+    """As many colours that differ: hues by the golden angle, at changing brightness."""
+    hues = (np.arange(count) * 137.508 / 2) % 180
+    values = np.array([255, 190, 130])[np.arange(count) % 3]
+    saturation = np.array([200, 150])[np.arange(count) // 3 % 2]
+    hsv = np.stack([hues, np.broadcast_to(saturation, hues.shape), values], -1).astype(np.uint8)
+    return cv2.cvtColor(hsv[None], cv2.COLOR_HSV2RGB)[0].tolist()
