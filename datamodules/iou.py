@@ -12,8 +12,9 @@ IGNORE = 255
 
 
 class MeanIoU(Metric):
-    """mIoU, pixel accuracy, mean accuracy, boundary mIoU and the IoU of every class, counted on the device. Every sample
-    counts once, whatever a distributed sampler repeats.
+    """mIoU, pixel accuracy, mean accuracy, boundary mIoU and the IoU of every class, counted on the device.
+
+    Every sample counts once, whatever a distributed sampler repeats.
 
     A class that occurs neither in the labels nor in the prediction is absent: its IoU is nan and no part of the means.
     (The official code counts it as 0; on its data sets all classes occur.)

@@ -27,7 +27,7 @@ class MaskFolder(MaskData):
         classes: names in the order of the masks' values; a file with a name a line; or a mapping from names to what the
             masks hold: a number, a list of numbers, or a colour "#rrggbb" (or a list of them).
         ignore: numbers or colours that do not count; 255 always.
-        train, val, test: names of the splits' folders; None as test is val. Or `.txt` files with an image's name a line.
+        train, val, test: names of the splits' folders, or of `.txt` files with an image a line; None as test is val.
         images, masks: folders, `{}` stands for the split.
         suffix: what a mask's name has behind the image's, such as "_mask".
         **kwargs: see `MaskData`.
@@ -61,8 +61,8 @@ class MaskFolder(MaskData):
         path = self.root / classes
         if not path.is_file():
             raise DataError(
-                f"{path}: no such file; write the classes' names there, one a line in the order of the masks' values, or "
-                f"give them by `classes: [sky, road, ...]`"
+                f"{path}: no such file; write the classes' names there, one a line in the order of the masks' values, "
+                f"or give them by `classes: [sky, road, ...]`"
             )
         return [line.strip() for line in path.read_text().splitlines() if line.strip()]
 
@@ -84,17 +84,16 @@ class MaskFolder(MaskData):
         if images == masks:  # side by side, told apart by the suffix
             pictures = {n: p for n, p in pictures.items() if not (self.suffix and n.endswith(self.suffix))}
         if self.splits[split].endswith(".txt"):
-            lines = (self.root / self.splits[split]).read_text().split()
-            wanted = {
-                str(Path(line).with_suffix("")) if Path(line).suffix.lower() in IMAGES else line for line in lines
-            }
+            lines = [Path(line) for line in (self.root / self.splits[split]).read_text().split()]
+            wanted = {(p.with_suffix("") if p.suffix.lower() in IMAGES else p).as_posix() for p in lines}
             pictures = {n: p for n, p in pictures.items() if n in wanted}
             found = {n: p for n, p in found.items() if n in wanted}
         lone, spare = sorted(pictures.keys() - found.keys()), sorted(found.keys() - pictures.keys())
         if lone or spare:
+            called = f"its image and {self.suffix}" if self.suffix else "its image"
             raise DataError(
-                f"{images}: {len(lone)} images without a mask in {masks} (first {lone[:3]}), {len(spare)} masks without "
-                f"an image (first {spare[:3]}); a mask is called as its image{' + ' + self.suffix if self.suffix else ''}"
+                f"{images}: {len(lone)} images without a mask in {masks} (first {lone[:3]}), {len(spare)} masks "
+                f"without an image (first {spare[:3]}); a mask is called as {called}"
             )
         return [(pictures[name], found[name]) for name in sorted(pictures)]
 
@@ -166,10 +165,9 @@ def meaning(
     Raises:
         DataError: if a value stands for two classes, or numbers and colours are mixed.
     """
-    stored = dict(enumerate([v] for v in range(len(classes)))) if not isinstance(classes, Mapping) else {}
     names = list(classes)
-    if isinstance(classes, Mapping):
-        stored = {i: v if isinstance(v, list) else [v] for i, v in enumerate(classes.values())}
+    given: list[Any] = list(classes.values()) if isinstance(classes, Mapping) else list(range(len(names)))
+    stored: dict[int, list[Any]] = {i: v if isinstance(v, list) else [v] for i, v in enumerate(given)}
     if len(names) < 2:
         raise DataError(f"classes are {names}: to segment takes two at least (background counts as one)")
     left_out = [*ignore]

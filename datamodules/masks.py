@@ -27,8 +27,8 @@ class MaskBatch(TypedDict):
     """A batch for the segmentation task.
 
     image: uint8 RGB `[B, 3, H, W]`. mask: uint8 `[B, h, w]`, class numbers, 255 = ignore; of the image's size in
-    training, of the original's in evaluation. size: Long `[B, 2]`, the (h, w) to predict at. id: Long `[B]`, the sample's
-    index in its data set.
+    training, of the original's in evaluation. size: Long `[B, 2]`, the (h, w) to predict at. id: Long `[B]`, the
+    sample's index in its data set.
     """
 
     image: Tensor
@@ -91,14 +91,13 @@ class MaskDataset(Dataset):
 
     Args:
         instances: what to read.
-        values: class number of every stored value 0 to 255, `[256]`, 255 = ignore, -1 = not expected; or colours of classes
+        values: class number of every stored value 0 to 255, `[256]`, 255 = ignore, -1 = not expected; or of colours
             `{(r, g, b): number}`.
         size: (H, W) of training crops.
         base: longer side that the image is brought to before the random factor; None leaves it.
         augmentation: None for evaluation.
         eval_size: (H, W) that evaluation resizes images (not masks) to; None leaves them.
         swaps: pairs of classes that a mirror exchanges.
-        lookup: how the message calls the setting to change.
     """
 
     def __init__(
@@ -139,10 +138,7 @@ class MaskDataset(Dataset):
         return sample if mask is None else sample | {"mask": mask}
 
     def crop(self, image: Array, mask: Array) -> tuple[Array, Array]:
-        """A random crop at a random scale, black and ignored beyond the image: one warp for all of it.
-
-        Raises nothing: a crop may show no labelled pixel, whose loss is 0.
-        """
+        """A random crop at a random scale, black and ignored beyond the image: one warp for all of it."""
         augment = self.augmentation
         assert augment is not None
         rng = np.random.default_rng(int(torch.randint(2**62, ())))

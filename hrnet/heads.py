@@ -70,8 +70,8 @@ class HRNetV2(nn.Module):
 
 
 class OCR(nn.Module):
-    """Object-contextual representations on the concatenated maps (arXiv 1909.11065; official seg_hrnet_ocr.py): a coarse
-    segmentation gathers one vector a class, and every pixel attends to those.
+    """Object-contextual representations on the concatenated maps (arXiv 1909.11065; official seg_hrnet_ocr.py): a
+    coarse segmentation gathers one vector a class, and every pixel attends to those.
 
     Args:
         channels: of the maps, concatenated to sum(channels).
@@ -80,8 +80,8 @@ class OCR(nn.Module):
         dropout: on what the final classifier sees.
         align_corners: see `HRNetV2`; True in every official OCR model, False in OpenMMLab's.
 
-    `forward(maps)` gives `[B, num_outputs, H/4, W/4]`; `both(maps)` that and the coarse segmentation, which has a loss of
-    its own (official weight 0.4).
+    `forward(maps)` gives `[B, num_outputs, H/4, W/4]`; `both(maps)` that and the coarse segmentation, which has a loss
+    of its own (official weight 0.4).
     """
 
     maps = 4

@@ -78,6 +78,7 @@ class Protocol:
                 scores[place] += part
                 counts[place] += 1
         assert scores is not None
+        assert counts is not None
         return scores / counts
 
     def scores(self, network: Network, image: Tensor, flip_index: Tensor | None) -> Tensor:

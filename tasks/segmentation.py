@@ -22,7 +22,7 @@ from datamodules.transforms import Array, DataError, read_image
 from hrnet import PRESETS, HRNetConfig
 from hrnet.backbone import resolve
 from hrnet.checkpoints import config_of, is_source
-from hrnet.heads import HRNetV2
+from hrnet.heads import OCR, HRNetV2
 from hrnet.inference import Protocol
 from hrnet.losses import OHEM, CrossEntropy
 from hrnet.weights import InitFrom
@@ -101,7 +101,7 @@ class Segmentation(Task):
         self.register_buffer("flip_index", index, persistent=False)
 
     def loss(self, features: list[Tensor], batch: Any) -> dict[str, Tensor]:
-        outputs = self.head.both(features) if hasattr(self.head, "both") else (self.head(features),)
+        outputs = self.head.both(features) if isinstance(self.head, OCR) else (self.head(features),)
         names, label = ("label", "coarse"), batch["mask"]
         losses = {}
         for name, logits in zip(names, outputs, strict=False):
@@ -165,9 +165,8 @@ class Segmentation(Task):
             for given in images:
                 image = given if isinstance(given, np.ndarray) else read_image(given)
                 if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3:
-                    raise DataError(
-                        f"an image must be a path or an RGB uint8 array [H, W, 3], got {image.dtype} {list(image.shape)}"
-                    )
+                    kind = f"{image.dtype} {list(image.shape)}"
+                    raise DataError(f"an image must be a path or an RGB uint8 array [H, W, 3], got {kind}")
                 shown = image if self.eval_size is None else cv2.resize(image, self.eval_size[::-1])
                 tensor = torch.from_numpy(np.ascontiguousarray(shown)).permute(2, 0, 1)[None].to(self.device)
                 batch = {"image": tensor, "size": torch.tensor([image.shape[:2]])}
@@ -178,7 +177,10 @@ class Segmentation(Task):
 
     def picture(self, batch: Any, prediction: dict[str, Tensor] | None, index: int) -> Array:
         """The input, its labels, and what was predicted, side by side: RGB uint8; ignored pixels are black."""
-        panels = [batch["image"][index].permute(1, 2, 0).cpu().numpy(), self.coloured(batch["mask"][index].cpu().numpy())]
+        panels = [
+            batch["image"][index].permute(1, 2, 0).cpu().numpy(),
+            self.coloured(batch["mask"][index].cpu().numpy()),
+        ]
         if prediction is not None:
             panels.append(self.coloured(prediction["label"][index].cpu().numpy()))
         height, width = panels[1].shape[:2]
