@@ -7,7 +7,8 @@ from typing import Any
 from torch import Tensor
 
 from hrnet.codecs import Heatmap
-from hrnet.heads import HRNetV2
+from hrnet.heads import OCR, HRNetV2
+from hrnet.inference import Protocol
 
 TRUE_CORNERS = (150, 171)
 """Classes of ADE20K and COCO-Stuff, whose official models up-sample with align_corners, as do all with OCR."""
@@ -38,13 +39,17 @@ def protocol_of(dialect: str, state: dict[str, Tensor], meta: Any) -> dict[str, 
     outputs = len(state[last]) if (last := last_layer(state)) else 0
     found: dict[str, Any] = normalisation(text) | timm_settings(facts.get("timm"))
     found["backbone"] = interpolation(dialect, state) or None
-    if any(key.startswith("head.classifier.") for key in state):
-        classes = names.get("classes", facts.get("CLASSES"))
-        found |= {"num_classes": outputs, "class_names": list(classes) if classes else None}
+    classes, palette = (names.get(k, facts.get(k.upper())) for k in ("classes", "palette"))
+    labels = {"num_classes": outputs, "class_names": list(classes) if classes else None}
+    if "head.classifier.weight" in state:
+        found |= labels
     elif "head.final_layer.weight" in state:
         found |= {"num_keypoints": outputs} | skeleton(names, outputs) | codec(dialect, text)
     elif dialect.startswith("mmpose") or dialect == "official-face":
         found |= {"num_keypoints": outputs} | skeleton(names, outputs) | codec(dialect, text) | {"head": HRNetV2}
+    elif found["backbone"]:
+        found |= labels | found["backbone"] | {"head": OCR if "head.cls_head.weight" in state else HRNetV2}
+        found |= {"palette": [list(map(int, c)) for c in palette] if palette else None, "evaluation": windows(text)}
     return {k: v for k, v in found.items() if v is not None}
 
 
@@ -108,6 +113,20 @@ def skeleton(names: dict[str, Any], outputs: int) -> dict[str, Any]:
         "flip_pairs": [[i, j] for i, j in enumerate(mirror) if i < j],
         "sigmas": sigmas if len(sigmas) == outputs else [0.05] * outputs,
     }
+
+
+def windows(text: str) -> Protocol | None:
+    """mmseg's sliding window, where its configuration has one."""
+    if "mode='slide'" not in text:
+        return None
+    found = [
+        re.search(rf"{name}=\((\d+), (\d+)\)", text[max(0, text.index("mode='slide'") - 200) :])
+        for name in ("crop_size", "stride")
+    ]
+    if not all(found):
+        return None
+    (height, width), (step, _) = ((int(x) for x in f.groups()) for f in found if f)
+    return Protocol(window=(height, width), stride=step / height)
 
 
 def codec(dialect: str, text: str) -> dict[str, Any]:
