@@ -2,7 +2,7 @@
 PYTHON ?= python3
 PY := .venv/bin/python
 
-.PHONY: demo test lint smoke-configs clean
+.PHONY: demo test lint smoke-configs camvid clean
 
 demo: .venv/done  ## learn human pose from drawn scenes: a few minutes on a laptop's CPU
 	$(PY) -m tasks.pose fit
@@ -17,6 +17,12 @@ lint: .venv/done
 
 smoke-configs: .venv/done  ## build every config of the project and push one fake batch through it
 	$(PY) -m pytest -q tests/test_configs.py
+
+DATA ?= data
+camvid: .venv/done  ## train on CamVid below DATA (about an hour on two CPU cores), then judge the best epoch on test, once
+	$(PY) -m tasks.segmentation fit -c configs/segmentation/camvid.yaml --data.root $(DATA)/camvid
+	$(PY) -m tasks.segmentation test -c configs/segmentation/camvid.yaml --data.root $(DATA)/camvid --ckpt_path best \
+	    --model.evaluation.flip true --model.evaluation.scales '[0.75, 1.0, 1.25]'
 
 clean:  ## removes what the targets above made, but no runs: those are yours
 	rm -rf .venv .pytest_cache .ruff_cache .mypy_cache .hypothesis .coverage *.egg-info build

