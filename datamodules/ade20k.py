@@ -6,11 +6,7 @@
 from pathlib import Path
 from typing import Any
 
-import cv2
-
-from datamodules.cityscapes import check, need
-from datamodules.mask_folder import MaskFolder
-from datamodules.masks import MaskData, MaskDataset
+from datamodules.mask_folder import MaskFolder, check, need
 from datamodules.transforms import DataError
 
 NAMES = """
@@ -40,8 +36,7 @@ class Ade20k(MaskFolder):
         size: see `MaskData`.
         base: see `MaskData`. The official code brings the shorter side to 520 first, but then the longer side to 520
             times the random scale, so that nothing of it remains; here it is one step.
-        eval_base: longer side that pictures (not masks) are brought to in evaluation, as officially; None leaves them.
-            Without effect where `eval_size` is given.
+        eval_size: longer side that pictures (not masks) are brought to in evaluation, as officially; None leaves them.
         **kwargs: see `MaskData`.
 
     Raises:
@@ -56,10 +51,9 @@ class Ade20k(MaskFolder):
         test: str | None = None,
         size: tuple[int, int] = (520, 520),
         base: int | None = 520,
-        eval_base: int | None = 520,
+        eval_size: int | tuple[int, int] | None = 520,
         **kwargs: Any,
     ) -> None:
-        self.eval_base = eval_base
         super().__init__(
             root,
             {name: i + 1 for i, name in enumerate(names_in(Path(root) / "objectInfo150.txt"))},
@@ -71,16 +65,13 @@ class Ade20k(MaskFolder):
             masks="annotations/{}",
             size=size,
             base=base,
+            eval_size=eval_size,
             **kwargs,
         )
 
     def pairs(self, split: str) -> list[tuple[Path, Path]]:
         need(self.folders(split), SOURCE)
         return super().pairs(split)
-
-    def setup(self, stage: str) -> None:
-        at_longer_side(self, stage, self.eval_base)
-        super().setup(stage)
 
 
 def names_in(path: Path) -> list[str]:
@@ -96,28 +87,6 @@ def names_in(path: Path) -> list[str]:
     if len(set(names)) != 150:
         raise DataError(f"{path}: {len(set(names))} names where 150 were expected; copy it anew, or remove it")
     return names
-
-
-class LongSide(MaskDataset):
-    """For evaluation: pictures (not masks) are brought to `base` at their longer side."""
-
-    def __getitem__(self, index: int) -> dict[str, Any]:
-        sample = super().__getitem__(index)
-        image = sample["image"].transpose(1, 2, 0)
-        height, width = image.shape[:2]
-        if self.base is not None:
-            factor = self.base / max(height, width)
-            place = (int(width * factor + 0.5), int(height * factor + 0.5))
-            image = cv2.resize(image, place, interpolation=cv2.INTER_LINEAR)
-        return sample | {"image": image.transpose(2, 0, 1).copy()}
-
-
-def at_longer_side(data: MaskData, stage: str, longer: int | None) -> None:
-    """Before `data.setup(stage)`: its data sets for evaluation are to see pictures at this longer side."""
-    # MaskData knows one (H, W) for all pictures (`eval_size`), or leaves them as they are; these sets need a third way.
-    split = "test" if stage == "test" else "val"
-    if longer is not None and data.eval_size is None and split not in data.datasets:
-        data.datasets[split] = LongSide(data.instances(split), data.values, data.size, longer)
 
 
 if __name__ == "__main__":

@@ -3,16 +3,12 @@
 `python -m datamodules.cityscapes check ROOT` says what is missing or faulty in a copy, and where to get it.
 """
 
-import argparse
-from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-import numpy as np
-
-from datamodules.mask_folder import finish, report
-from datamodules.masks import IGNORE, MaskData
-from datamodules.transforms import Array, DataError
+from datamodules.mask_folder import check, need
+from datamodules.masks import MaskData, values_of
+from datamodules.transforms import DataError
 
 # Number in the files, name, colour and weight in the loss of every class (cityscapesscripts labels.py; official
 # cityscapes.py).
@@ -116,36 +112,6 @@ class Cityscapes(MaskData):
 def files(folder: Path, ending: str) -> dict[str, Path]:
     """Files a folder deeper that end so, by what stands before: "aachen/aachen_000000_000019"."""
     return {p.relative_to(folder).as_posix().removesuffix(ending): p for p in folder.glob(f"*/*{ending}")}
-
-
-def values_of(numbers: Sequence[int]) -> Array:
-    """`[256]` for `MaskData`: the classes 0, 1, ... are stored as `numbers`, and nothing else counts."""
-    values = np.full(256, IGNORE, np.int16)
-    values[list(numbers)] = np.arange(len(numbers))
-    return values
-
-
-def need(folders: Sequence[Path], source: str) -> None:
-    """Refuse to go on without folders.
-
-    Raises:
-        DataError: naming all that are missing, and where to get what they hold.
-    """
-    missing = [str(folder) for folder in folders if not folder.is_dir()]
-    if missing:
-        raise DataError(f"{', '.join(missing)}: no such folder; it comes with {source}")
-
-
-def check(kind: Callable[[str], MaskData], args: Sequence[str] | None = None) -> None:
-    """The command line of a data set in its own layout, whose class is called with ROOT: exit with all its faults."""
-    parser = argparse.ArgumentParser(description="Read every image's header and every mask, and say what is wrong.")
-    parser.add_argument("command", choices=["check"])
-    parser.add_argument("root")
-    try:
-        data = kind(parser.parse_args(args).root)
-    except DataError as error:
-        raise SystemExit(str(error)) from None
-    finish(report(data, ["train", "val"]))
 
 
 if __name__ == "__main__":

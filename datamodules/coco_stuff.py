@@ -12,9 +12,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from datamodules.ade20k import at_longer_side
-from datamodules.cityscapes import check, need
-from datamodules.mask_folder import MaskFolder
+from datamodules.mask_folder import MaskFolder, check, need
 from datamodules.transforms import DataError
 
 UNUSED = [11, 25, 28, 29, 44, 65, 67, 68, 70, 82, 90]
@@ -55,7 +53,7 @@ class CocoStuff(MaskFolder):
         images, masks: folders, `{}` stands for the split; None looks for images/{} or {}, and for stuffthingmaps/{} or
             annotations/{}.
         train_ids: take the masks `*_labelTrainIds.png`, 0 to 170, that OpenMMLab's converter writes for 164k.
-        size, base, eval_base: see `datamodules.ade20k.Ade20k`.
+        size, base, eval_size: see `datamodules.ade20k.Ade20k`.
         **kwargs: see `MaskData`.
 
     Raises:
@@ -73,10 +71,9 @@ class CocoStuff(MaskFolder):
         train_ids: bool = False,
         size: tuple[int, int] = (520, 520),
         base: int | None = 520,
-        eval_base: int | None = 520,
+        eval_size: int | tuple[int, int] | None = 520,
         **kwargs: Any,
     ) -> None:
-        self.eval_base = eval_base
         split = "" if train.endswith(".txt") else train
 
         def first(*names: str) -> str:
@@ -93,6 +90,7 @@ class CocoStuff(MaskFolder):
             suffix="_labelTrainIds" if train_ids else "",
             size=size,
             base=base,
+            eval_size=eval_size,
             **kwargs,
         )
 
@@ -104,10 +102,6 @@ class CocoStuff(MaskFolder):
         if not self.suffix and next(masks.glob("*_labelTrainIds.png"), None):
             raise DataError(f"{masks}: masks by OpenMMLab's converter (*_labelTrainIds.png); set `train_ids: true`")
         return super().pairs(split)
-
-    def setup(self, stage: str) -> None:
-        at_longer_side(self, stage, self.eval_base)
-        super().setup(stage)
 
 
 def convert(root: Path) -> int:

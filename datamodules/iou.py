@@ -56,6 +56,19 @@ class MeanIoU(Metric):
             ]
             self.edges.append(torch.stack(parts, 1))
 
+    def sync(self, *args: Any, **kwargs: Any) -> None:
+        """As in torchmetrics, also where a process saw nothing: it has to send empty tensors of the right kind."""
+        number = len(self.class_names)
+        kinds = {
+            "ids": ((), torch.long),
+            "counts": ((number, number), torch.int32),
+            "edges": ((3, number), torch.int32),
+        }
+        for name, (shape, kind) in kinds.items():
+            if isinstance(state := getattr(self, name), list) and not state and (self.boundary or name != "edges"):
+                state.append(torch.empty((0, *shape), dtype=kind, device=self.device))
+        super().sync(*args, **kwargs)
+
     def once(self, values: Any) -> Tensor:
         """What was kept of each sample, of every sample once, `[N, ...]`."""
         ids = dim_zero_cat(self.ids)

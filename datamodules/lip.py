@@ -8,9 +8,8 @@ from typing import Any
 
 import cv2
 
-from datamodules.cityscapes import check, need
-from datamodules.mask_folder import MaskFolder
-from datamodules.masks import MaskAugmentation, MaskDataset
+from datamodules.mask_folder import MaskFolder, check, need
+from datamodules.masks import MaskAugmentation, MaskDataset, resized
 from datamodules.transforms import Array
 
 NAMES = [
@@ -19,6 +18,20 @@ NAMES = [
     "right-shoe",
 ]
 SOURCE = "TrainVal_images.zip and TrainVal_parsing_annotations.zip of the single-person set at sysu-hcp.net/lip"
+
+
+class Squeezed(MaskDataset):
+    """Brings pictures and masks to `eval_size` before they are scaled and cut.
+
+    The official code mirrors before it pads, so that black borders are always at the right and below; here they are
+    where the mirror puts them.
+    """
+
+    def crop(self, image: Array, mask: Array) -> tuple[Array, Array]:
+        if self.eval_size is not None:
+            image = resized(image, self.eval_size)
+            mask = cv2.resize(mask, image.shape[1::-1], interpolation=cv2.INTER_NEAREST)
+        return super().crop(image, mask)
 
 
 class Lip(MaskFolder):
@@ -39,6 +52,8 @@ class Lip(MaskFolder):
         DataError: if folders are missing, or images and masks do not belong together.
     """
 
+    kind = Squeezed
+
     def __init__(
         self,
         root: str = "data/lip",
@@ -48,7 +63,7 @@ class Lip(MaskFolder):
         size: tuple[int, int] = (473, 473),
         base: int | None = 473,
         augmentation: MaskAugmentation = MaskAugmentation(scale=(0.5, 1.6)),  # noqa: B008 (frozen)
-        eval_size: tuple[int, int] | None = (473, 473),
+        eval_size: int | tuple[int, int] | None = (473, 473),
         **kwargs: Any,
     ) -> None:
         super().__init__(
@@ -70,34 +85,6 @@ class Lip(MaskFolder):
     def pairs(self, split: str) -> list[tuple[Path, Path]]:
         need(self.folders(split), SOURCE)
         return super().pairs(split)
-
-    def setup(self, stage: str) -> None:
-        if stage == "fit" and "train" not in self.datasets:
-            self.datasets["train"] = Squeezed(
-                self.instances("train"),
-                self.values,
-                self.size,
-                self.base,
-                self.augmentation,
-                self.eval_size,
-                self.flip_pairs,
-            )
-        super().setup(stage)
-
-
-class Squeezed(MaskDataset):
-    """Brings pictures and masks to `eval_size` before they are scaled and cut.
-
-    The official code mirrors before it pads, so that black borders are always at the right and below; here they are
-    where the mirror puts them.
-    """
-
-    def crop(self, image: Array, mask: Array) -> tuple[Array, Array]:
-        if self.eval_size is not None:
-            place = self.eval_size[::-1]
-            image = cv2.resize(image, place, interpolation=cv2.INTER_LINEAR)
-            mask = cv2.resize(mask, place, interpolation=cv2.INTER_NEAREST)
-        return super().crop(image, mask)
 
 
 if __name__ == "__main__":

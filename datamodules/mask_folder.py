@@ -5,7 +5,7 @@
 
 import argparse
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -78,14 +78,20 @@ class MaskFolder(MaskData):
         for folder in (images, masks):
             if not folder.is_dir():
                 raise DataError(f"{folder}: no such folder; `images` and `masks` say where they are ({{}} = the split)")
-        pictures = {p.relative_to(images).with_suffix("").as_posix(): p for p in below(images, IMAGES)}
-        found = {p.relative_to(masks).with_suffix("").as_posix(): p for p in below(masks, MASKS)}
-        found = {name.removesuffix(self.suffix): p for name, p in found.items() if name.endswith(self.suffix)}
-        if images == masks:  # side by side, told apart by the suffix
-            pictures = {n: p for n, p in pictures.items() if not (self.suffix and n.endswith(self.suffix))}
+        shown, marked = below(images, IMAGES), below(masks, MASKS)
+        if images == masks:  # side by side, told apart by the suffix, or by what cannot be a mask
+            suffix = self.suffix
+            shown = [p for p in shown if (not p.stem.endswith(suffix) if suffix else p.suffix.lower() not in MASKS)]
+        pictures = named(shown, images, "")
+        found = named([p for p in marked if p.stem.endswith(self.suffix)], masks, self.suffix)
         if self.splits[split].endswith(".txt"):
-            lines = [Path(line) for line in (self.root / self.splits[split]).read_text().split()]
+            path = self.root / self.splits[split]
+            if not path.is_file():
+                raise DataError(f"{path}: no such list of images; write one a line, or name the split's folder instead")
+            lines = [Path(line.strip()) for line in path.read_text().splitlines() if line.strip()]
             wanted = {(p.with_suffix("") if p.suffix.lower() in IMAGES else p).as_posix() for p in lines}
+            if missing := sorted(wanted - pictures.keys() - found.keys()):
+                raise DataError(f"{path}: {len(missing)} of its images are not in {images}, first {missing[:3]}")
             pictures = {n: p for n, p in pictures.items() if n in wanted}
             found = {n: p for n, p in found.items() if n in wanted}
         lone, spare = sorted(pictures.keys() - found.keys()), sorted(found.keys() - pictures.keys())
@@ -108,7 +114,7 @@ class MaskPhotos(DataModule):
     """
 
     def __init__(
-        self, path: str | list[str], eval_size: tuple[int, int] | None = None, batch_size: int = 1, **kwargs: Any
+        self, path: str | list[str], eval_size: int | tuple[int, int] | None = None, batch_size: int = 1, **kwargs: Any
     ) -> None:
         super().__init__(batch_size, **kwargs)
         self.path, self.eval_size = path, eval_size
@@ -145,12 +151,27 @@ class MaskPhotos(DataModule):
 class Frames(MaskDataset):
     """The frames of a video."""
 
-    def __init__(self, video: Any, frames: list[Masked], eval_size: tuple[int, int] | None) -> None:
+    def __init__(self, video: Any, frames: list[Masked], eval_size: int | tuple[int, int] | None) -> None:
         super().__init__(frames, np.zeros(256), (1, 1), eval_size=eval_size)
         self.video = video
 
     def read(self, instance: Masked) -> Array:
         return self.video[int(instance.path.rsplit("#", 1)[1])]
+
+
+def named(files: list[Path], folder: Path, suffix: str) -> dict[str, Path]:
+    """Files by their names below `folder`, without ending and suffix.
+
+    Raises:
+        DataError: if two are called the same.
+    """
+    found: dict[str, Path] = {}
+    for path in files:
+        name = path.relative_to(folder).with_suffix("").as_posix().removesuffix(suffix)
+        if name in found:
+            raise DataError(f"{path} and {found[name].name} have one name; which is meant? Remove one")
+        found[name] = path
+    return found
 
 
 def below(folder: Path, kinds: set[str]) -> list[Path]:
@@ -170,7 +191,8 @@ def meaning(
     stored: dict[int, list[Any]] = {i: v if isinstance(v, list) else [v] for i, v in enumerate(given)}
     if len(names) < 2:
         raise DataError(f"classes are {names}: to segment takes two at least (background counts as one)")
-    left_out = [*ignore]
+    stored = {i: [v.lower() if isinstance(v, str) else v for v in values] for i, values in stored.items()}
+    left_out = [v.lower() if isinstance(v, str) else v for v in ignore]
     kinds = {isinstance(v, str) for values in [*stored.values(), left_out] for v in values}
     if len(kinds) > 1:
         raise DataError("classes and ignore mix numbers with colours; give either (colours are '#rrggbb')")
@@ -233,6 +255,29 @@ def finish(faults: list[str]) -> None:
         shown = "\n".join(f"- {fault}" for fault in faults[:20])
         raise SystemExit(f"{len(faults)} faults\n{shown}" + ("\n..." if len(faults) > 20 else ""))
     print("no fault")
+
+
+def need(folders: Sequence[Path], source: str) -> None:
+    """Refuse to go on without folders.
+
+    Raises:
+        DataError: naming all that are missing, and where to get what they hold.
+    """
+    missing = [str(folder) for folder in folders if not folder.is_dir()]
+    if missing:
+        raise DataError(f"{', '.join(missing)}: no such folder; it comes with {source}")
+
+
+def check(kind: Callable[[str], MaskData], args: Sequence[str] | None = None) -> None:
+    """The command line of a data set in its own layout, whose class is called with ROOT: exit with all its faults."""
+    parser = argparse.ArgumentParser(description="Read every image's header and every mask, and say what is wrong.")
+    parser.add_argument("command", choices=["check"])
+    parser.add_argument("root")
+    try:
+        data = kind(parser.parse_args(args).root)
+    except DataError as error:
+        raise SystemExit(str(error)) from None
+    finish(report(data, ["train", "val"]))
 
 
 def main() -> None:

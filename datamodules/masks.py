@@ -96,7 +96,7 @@ class MaskDataset(Dataset):
         size: (H, W) of training crops.
         base: longer side that the image is brought to before the random factor; None leaves it.
         augmentation: None for evaluation.
-        eval_size: (H, W) that evaluation resizes images (not masks) to; None leaves them.
+        eval_size: what evaluation resizes images (not masks) to: (H, W), or the longer side; None leaves them.
         swaps: pairs of classes that a mirror exchanges.
     """
 
@@ -107,7 +107,7 @@ class MaskDataset(Dataset):
         size: tuple[int, int],
         base: int | None = None,
         augmentation: MaskAugmentation | None = None,
-        eval_size: tuple[int, int] | None = None,
+        eval_size: int | tuple[int, int] | None = None,
         swaps: Sequence[Sequence[int]] = (),
     ) -> None:
         self.instances, self.values, self.size, self.base = instances, values, size, base
@@ -132,8 +132,8 @@ class MaskDataset(Dataset):
             assert mask is not None
             image, mask = self.crop(image, mask)
             size = self.size
-        elif self.eval_size is not None:
-            image = cv2.resize(image, self.eval_size[::-1], interpolation=cv2.INTER_LINEAR)
+        else:
+            image = resized(image, self.eval_size)
         sample = {"image": image.transpose(2, 0, 1).copy(), "size": np.array(size), "id": index}
         return sample if mask is None else sample | {"mask": mask}
 
@@ -201,7 +201,7 @@ class MaskData(DataModule):
         size: tuple[int, int] = (512, 1024),
         base: int | None = None,
         augmentation: MaskAugmentation = MaskAugmentation(),
-        eval_size: tuple[int, int] | None = None,
+        eval_size: int | tuple[int, int] | None = None,
         class_weights: list[float] | Literal["median", "log"] | None = None,
         flip_pairs: Sequence[Sequence[int]] = (),
         eval_batch_size: int | None = 1,
@@ -210,10 +210,14 @@ class MaskData(DataModule):
         super().__init__(eval_batch_size=eval_batch_size, **kwargs)
         self.class_names, self.values = list(class_names), values
         self.num_classes = len(self.class_names)
+        if len(set(self.class_names)) < self.num_classes:
+            raise DataError(f"two classes have the same name: {sorted(self.class_names)}")
         self.palette = [list(map(int, c)) for c in palette] if palette else distinct(self.num_classes)
         self.size, self.base, self.augmentation, self.eval_size = size, base, augmentation, eval_size
         self.flip_pairs = [list(map(int, pair)) for pair in flip_pairs]
         self.class_weights = self.weights(class_weights)
+
+    kind = MaskDataset
 
     def pairs(self, split: str) -> list[tuple[Path, Path]]:
         """Image and mask of every sample of "train", "val" or "test"."""
@@ -227,23 +231,24 @@ class MaskData(DataModule):
                 raise DataError(f"class_weights has {len(how)} numbers for {self.num_classes} classes")
             return [float(x) for x in how]
         self.prepare_data()  # the masks may have to be made first
-        share = self.frequencies("train")
+        counts = self.pixels("train")
+        seen = counts.sum(0) > 0
         if how == "log":
-            found = 1 / np.log(1.02 + share)
-        else:
-            found = np.median(share[share > 0]) / np.maximum(share, 1e-12)
-        found = np.where(share > 0, found, 1.0)
+            found = 1 / np.log(1.02 + counts.sum(0) / max(1, counts.sum()))
+        else:  # of the pixels of those images that show the class (arXiv 1411.4734)
+            shown = np.where(counts > 0, counts.sum(1, keepdims=True), 0).sum(0)
+            share = counts.sum(0) / np.maximum(shown, 1)
+            found = np.median(share[seen]) / np.where(seen, share, 1)
+        found = np.where(seen, found, 1.0)
         rank_zero_info(
             "class weights: " + ", ".join(f"{n} {w:.3g}" for n, w in zip(self.class_names, found, strict=True))
         )
         return [round(float(x), 4) for x in found]
 
-    def frequencies(self, split: str) -> Array:
-        """Share `[C]` of every class in a split's labelled pixels."""
-        counts = np.zeros(256, np.int64)
-        for image, mask in self.pairs(split):
-            counts += np.bincount(read_mask(str(mask), self.values, None, image).ravel(), minlength=256)
-        return counts[: self.num_classes] / max(1, counts[: self.num_classes].sum())
+    def pixels(self, split: str) -> Array:
+        """Pixels `[N, C]` of every class in every mask of a split."""
+        masks = [read_mask(str(mask), self.values) for _, mask in self.pairs(split)]
+        return np.array([np.bincount(mask.ravel(), minlength=256)[: self.num_classes] for mask in masks])
 
     def instances(self, split: str) -> list[Masked]:
         pairs = self.pairs(split)
@@ -265,7 +270,7 @@ class MaskData(DataModule):
         for split in {"fit": ["train", "val"], "validate": ["val"], "test": ["test"]}[stage]:
             if split not in self.datasets:
                 train = split == "train"
-                self.datasets[split] = MaskDataset(
+                self.datasets[split] = self.kind(
                     self.instances(split),
                     self.values,
                     self.size,
@@ -285,11 +290,30 @@ class MaskData(DataModule):
         return MeanIoU(self.class_names)
 
 
+def resized(image: Array, size: int | tuple[int, int] | None) -> Array:
+    """`image` `[H, W, 3]` brought to `size`, (H, W) or the longer side, as OpenCV does it; None leaves it."""
+    if size is None:
+        return image
+    if isinstance(size, int):
+        height, width = image.shape[:2]
+        factor = size / max(height, width)
+        size = (int(height * factor + 0.5), int(width * factor + 0.5))
+    return cv2.resize(image, (size[1], size[0]), interpolation=cv2.INTER_LINEAR)
+
+
+def values_of(numbers: Sequence[int]) -> Array:
+    """`[256]` for `MaskDataset`: the classes 0, 1, ... are stored as `numbers`, and nothing else counts."""
+    values = np.full(256, IGNORE, np.int16)
+    values[list(numbers)] = np.arange(len(numbers))
+    return values
+
+
 def collate(samples: list[dict[str, Any]]) -> Any:
     """As torch does, with a word on images of different sizes."""
-    shapes = {sample["image"].shape for sample in samples}
-    if len(shapes) > 1:
-        raise DataError(f"images of a batch differ in size {sorted(shapes)[:3]}: set data.eval_batch_size to 1")
+    sizes = {(*sample["image"].shape[1:], *sample["size"].tolist()) for sample in samples}
+    if len(sizes) > 1:
+        shown = [list(size[2:]) for size in sorted(sizes)[:3]]
+        raise DataError(f"images of a batch differ in size (H, W: {shown}): set data.eval_batch_size to 1")
     return default_collate(samples)
 
 
@@ -308,12 +332,7 @@ def dims(path: Path) -> tuple[int, int]:
         raise DataError(f"{path}: broken or no image ({error}); copy it anew, or remove it") from None
 
 
-def read_mask(
-    path: str,
-    values: Array | dict[tuple[int, int, int], int],
-    size: tuple[int, ...] | None = None,
-    image: Path | None = None,
-) -> Array:
+def read_mask(path: str, values: Array | dict[tuple[int, int, int], int], size: tuple[int, ...] | None = None) -> Array:
     """Class numbers uint8 `[H, W]` of a mask file, 255 = ignore.
 
     Args:
@@ -375,8 +394,10 @@ def of_colours(stored: Array, values: dict[tuple[int, int, int], int], path: str
 
 def distinct(count: int) -> list[list[int]]:
     """As many colours that differ: hues by the golden angle, at changing brightness."""
-    hues = (np.arange(count) * 137.508 / 2) % 180
-    values = np.array([255, 190, 130])[np.arange(count) % 3]
-    saturation = np.array([200, 150])[np.arange(count) // 3 % 2]
-    hsv = np.stack([hues, np.broadcast_to(saturation, hues.shape), values], -1).astype(np.uint8)
-    return cv2.cvtColor(hsv[None], cv2.COLOR_HSV2RGB)[0].tolist()
+    found: list[list[int]] = []
+    for i in range(2 * count + 8):
+        hsv = np.array([[[(i * 68.754) % 180, (200, 150)[i // 3 % 2], (255, 190, 130)[i % 3]]]], np.uint8)
+        colour = cv2.cvtColor(hsv, cv2.COLOR_HSV2RGB)[0, 0].tolist()
+        if colour not in found:
+            found.append(colour)
+    return found[:count]

@@ -12,9 +12,8 @@ from typing import Any, Literal
 import numpy as np
 from PIL import Image
 
-from datamodules.ade20k import at_longer_side
-from datamodules.cityscapes import check, need, values_of
-from datamodules.masks import MaskData
+from datamodules.mask_folder import check, need
+from datamodules.masks import MaskData, values_of
 from datamodules.transforms import DataError
 
 # Number among the original 459, which are in alphabetical order, and name. The masks hold the place in this list, from
@@ -46,7 +45,7 @@ class PascalContext(MaskData):
         classes: 59, where background does not count, or 60, where it is class 0.
         train, val, test: names of the lists; test None is val.
         masks: folder of the masks.
-        size, base, eval_base: see `datamodules.ade20k.Ade20k`.
+        size, base, eval_size: see `datamodules.ade20k.Ade20k`.
         **kwargs: see `MaskData`.
 
     Raises:
@@ -63,15 +62,17 @@ class PascalContext(MaskData):
         masks: str = "SegmentationClassContext",
         size: tuple[int, int] = (520, 520),
         base: int | None = 520,
-        eval_base: int | None = 520,
+        eval_size: int | tuple[int, int] | None = 520,
         **kwargs: Any,
     ) -> None:
-        self.root, self.masks, self.eval_base = devkit(Path(root)), masks, eval_base
+        self.root, self.masks = devkit(Path(root)), masks
         self.splits = {"train": train, "val": val, "test": test or val}
         first = 60 - classes
         values = values_of(range(first, 60))
         values[60:255] = -1  # nothing of this set: something else lies there
-        super().__init__(["background", *CLASSES.values()][first:], values, size=size, base=base, **kwargs)
+        super().__init__(
+            ["background", *CLASSES.values()][first:], values, size=size, base=base, eval_size=eval_size, **kwargs
+        )
 
     def place(self, split: str) -> str:
         return f"{self.root} ({self.splits[split]}.txt)"
@@ -98,10 +99,6 @@ class PascalContext(MaskData):
                     f"{folder}: {len(missing)} {kind} of {path} are missing (first {missing[:3]}); {source}"
                 )
         return found
-
-    def setup(self, stage: str) -> None:
-        at_longer_side(self, stage, self.eval_base)
-        super().setup(stage)
 
 
 def devkit(root: Path) -> Path:

@@ -37,6 +37,10 @@ class Protocol:
     def __post_init__(self) -> None:
         if not 0 < self.stride <= 1:
             raise ValueError(f"stride is a share of the window, above 0 and at most 1, got {self.stride}")
+        if self.window is not None and min(self.window) < 1:
+            raise ValueError(f"a window is (H, W) in pixels, got {self.window}")
+        if self.average not in ("exp", "softmax"):
+            raise ValueError(f"average must be exp or softmax, got {self.average!r}")
         if not self.scales or min(self.scales) <= 0:
             raise ValueError(f"scales must be positive, got {self.scales}")
 
@@ -69,9 +73,9 @@ class Protocol:
         for y in starts(size[0], window[0], self.stride):
             for x in starts(size[1], window[1], self.stride):
                 place = (..., slice(y, y + window[0]), slice(x, x + window[1]))
-                part = self.scores(network, image[place], flip_index)
                 if window == size:
-                    return part
+                    return self.scores(network, image, flip_index)
+                part = self.scores(network, image[place], flip_index)
                 if scores is None or counts is None:
                     scores = part.new_zeros(*part.shape[:2], *size)
                     counts = part.new_zeros(size)

@@ -17,6 +17,7 @@ TRUE_CORNERS = (150, 171)
 KEPT = (
     *("backbone", "head", "codec", "mean", "std", "size", "resize", "padding", "udp", "num_classes", "class_names"),
     *("num_keypoints", "keypoint_names", "skeleton", "flip_pairs", "sigmas"),
+    *("upsample", "align_corners", "palette", "eval_size"),
 )
 """Of our own runs' settings: what a trained network cannot do without."""
 

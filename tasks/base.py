@@ -38,6 +38,8 @@ class Task(L.LightningModule):
 
     mean: Tensor
     std: Tensor
+    head_lr = 1.0
+    """Factor on the head's learning rate."""
 
     def __init__(
         self,
@@ -200,7 +202,13 @@ class Task(L.LightningModule):
     def configure_optimizers(self) -> Any:
         if self.optimizer is None:
             raise ValueError("this task was built without an optimizer; give `optimizer`, or use the command line")
-        optimizer = self.optimizer(self.parameters())
+        if self.head_lr == 1:
+            optimizer = self.optimizer(self.parameters())
+        else:
+            head = {id(p) for p in self.head.parameters()}  # type: ignore[union-attr]
+            parts = [[p for p in self.parameters() if (id(p) in head) == mine] for mine in (False, True)]
+            optimizer = self.optimizer([{"params": part} for part in parts])  # type: ignore[arg-type]
+            optimizer.param_groups[1]["lr"] *= self.head_lr
         if self.lr_scheduler is None:
             return optimizer
         scheduler = self.lr_scheduler(optimizer)

@@ -1,6 +1,7 @@
 """What a run leaves behind beside numbers: pictures, predictions, and a summary one can read."""
 
 import json
+import re
 from collections import defaultdict
 from pathlib import Path
 from typing import Any
@@ -134,7 +135,7 @@ class Predictions(Callback):
         for image_id in sorted(first):
             instance = first[image_id]
             image = task.overlay(self.dataset.read(instance), found[image_id])
-            if "#" in instance.path:
+            if re.fullmatch(r".*#\d+", instance.path):  # a frame
                 if video is None:
                     code, size = cv2.VideoWriter.fourcc(*"mp4v"), image.shape[1::-1]
                     video = cv2.VideoWriter(str(folder / "overlay.mp4"), code, self.dataset.video.fps, size)

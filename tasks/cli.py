@@ -9,6 +9,7 @@ import signal
 import sys
 import tempfile
 import warnings
+from dataclasses import replace
 from netrc import NetrcParseError, netrc
 from pathlib import Path
 from typing import Any
@@ -102,7 +103,8 @@ class CLI(LightningCLI):
         file, command = read(source.path, source.trust), self.config.subcommand
         found: dict[str, Any] = {}
         if source.part == "all":
-            found = {k: plain(v) for k, v in file.protocol.items() if command != "fit" or k == "head"}
+            network_of = ("head", "upsample", "align_corners")  # to go on learning, the rest is the new recipe's
+            found = {k: plain(v) for k, v in file.protocol.items() if command != "fit" or k in network_of}
         if not asked("model.backbone"):
             found["backbone"] = plain(file.config)
             if source.part == "backbone":  # how it up-samples is the new task's affair
@@ -139,7 +141,10 @@ class CLI(LightningCLI):
             self.config = self.parser.parse_object({command: {"model": settings(self.exported)}}, self.config)
             return
         if "backbone" in self.kept and asked("model.backbone"):
-            wanted, trained = network(self.config[command].model.backbone), network(self.kept["backbone"])
+            model = self.config[command].model
+            wanted, trained = network(model.backbone), network(self.kept["backbone"])
+            if "align_corners" in model:  # settings of the task, which go over the backbone's
+                wanted = replace(wanted, upsample=trained.upsample, align_corners=trained.align_corners)
             if wanted != trained:
                 raise WeightsError(
                     f"{path}: the checkpoint is of {trained}, not of {wanted}; leave model.backbone out to use it as "

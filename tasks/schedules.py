@@ -1,6 +1,7 @@
 """Learning rates that torch has no class for."""
 
 import math
+from typing import Any
 
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
@@ -30,6 +31,10 @@ class WarmupCosine(LambdaLR):
 
         super().__init__(optimizer, factor)
 
+    def state_dict(self) -> dict[str, Any]:
+        """Without the length, so that a run that goes on for longer learns for longer."""
+        return {k: v for k, v in super().state_dict().items() if k != "total"}
+
 
 class Poly(LambdaLR):
     """(1 - now / total) ** power, as the official segmentation code (and DeepLab) count steps.
@@ -45,3 +50,7 @@ class Poly(LambdaLR):
             return 1.0 if self.total is None else max(0.0, 1 - now / self.total) ** power
 
         super().__init__(optimizer, factor)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Without the length, so that a run that goes on for longer learns for longer."""
+        return {k: v for k, v in super().state_dict().items() if k != "total"}

@@ -3,6 +3,7 @@
 `python -m tasks.segmentation fit|validate|test|predict`
 """
 
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -17,7 +18,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from datamodules.drawing import write_text
-from datamodules.masks import IGNORE, Masked, distinct
+from datamodules.masks import IGNORE, Masked, distinct, resized
 from datamodules.transforms import Array, DataError, read_image
 from hrnet import PRESETS, HRNetConfig
 from hrnet.backbone import resolve
@@ -39,8 +40,9 @@ class Segmentation(Task):
         upsample, align_corners: of the exchanges in the backbone, of the head and of the logits: one choice for all of
             them, so it goes over the backbone's own. Officially bilinear; align_corners False for the plain models on
             Cityscapes, LIP and PASCAL-Context, True with OCR, ADE20K and COCO-Stuff.
-        loss: of logits and labels.
+        loss: of logits, labels and class weights; None is cross-entropy.
         auxiliary: weight of the loss of a head's coarse output, if it has one (OCR; officially 0.4).
+        head_lr: factor on the head's learning rate; officially 10 for PASCAL-Context and COCO-Stuff, else 1.
         evaluation: how images are looked at in evaluation and prediction; by default once, as a whole.
         num_classes, class_names, palette, class_weights, flip_pairs: facts of the data (linked on the command line).
         eval_size: to which the data resize pictures in evaluation, so that a checkpoint knows.
@@ -59,8 +61,9 @@ class Segmentation(Task):
         head: Callable[[list[int], int], nn.Module] = HRNetV2,
         upsample: Literal["bilinear", "nearest"] = "bilinear",
         align_corners: bool = False,
-        loss: CrossEntropy | OHEM | nn.Module = CrossEntropy(),  # noqa: B008 (frozen)
+        loss: CrossEntropy | OHEM | nn.Module | None = None,
         auxiliary: float = 0.4,
+        head_lr: float = 1.0,
         evaluation: Protocol = Protocol(),  # noqa: B008 (frozen)
         init: Literal["kaiming", "normal"] = "normal",
         optimizer: OptimizerCallable | None = None,
@@ -75,7 +78,7 @@ class Segmentation(Task):
         palette: list[list[int]] | None = None,
         class_weights: list[float] | None = None,
         flip_pairs: list[list[int]] | None = None,
-        eval_size: tuple[int, int] | None = None,
+        eval_size: int | tuple[int, int] | None = None,
     ) -> None:
         if isinstance(backbone, str) and is_source(backbone):
             init_from = init_from or InitFrom(backbone, part="backbone")
@@ -88,7 +91,11 @@ class Segmentation(Task):
         self.head = head(self.backbone.channels, num_classes)
         if hasattr(self.head, "align_corners"):
             self.head.align_corners = align_corners  # type: ignore[assignment]
-        self.align_corners, self.pixel_loss, self.auxiliary = align_corners, loss, auxiliary
+        for module in self.head.modules():
+            if isinstance(module, nn.BatchNorm2d):
+                module.momentum = network.bn_momentum
+        self.head_lr = head_lr
+        self.align_corners, self.pixel_loss, self.auxiliary = align_corners, loss or CrossEntropy(), auxiliary
         self.evaluation = replace(evaluation, align_corners=align_corners)
         self.class_names = class_names or [str(i) for i in range(num_classes)]
         self.palette = np.array(palette or distinct(num_classes), np.uint8)
@@ -167,7 +174,7 @@ class Segmentation(Task):
                 if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3:
                     kind = f"{image.dtype} {list(image.shape)}"
                     raise DataError(f"an image must be a path or an RGB uint8 array [H, W, 3], got {kind}")
-                shown = image if self.eval_size is None else cv2.resize(image, self.eval_size[::-1])
+                shown = resized(image, self.eval_size)
                 tensor = torch.from_numpy(np.ascontiguousarray(shown)).permute(2, 0, 1)[None].to(self.device)
                 batch = {"image": tensor, "size": torch.tensor([image.shape[:2]])}
                 results.append(self.predict_step(batch, 0)["label"][0].cpu().numpy())
@@ -224,9 +231,16 @@ class LabelMaps:
     def __init__(self, instances: list[Masked], names: list[str], palette: Array) -> None:
         self.instances, self.names, self.palette = instances, names, palette
         self.folder = Path("predictions")
-        stems = [instance_name(instance) for instance in instances]
-        twice = {s for s in stems if stems.count(s) > 1} if len(set(stems)) < len(stems) else set()
-        self.files = [f"{s}_{i}.png" if s in twice else f"{s}.png" for i, s in enumerate(stems)]
+        taken: set[str] = set()
+        self.files = []
+        for instance in instances:  # two folders may hold the same file name
+            stem = name = instance_name(instance)
+            number = 1
+            while name in taken:
+                number += 1
+                name = f"{stem}_{number}"
+            taken.add(name)
+            self.files.append(f"{name}.png")
 
     def update(self, prediction: dict[str, Tensor], batch: Any) -> None:
         place = self.folder / "masks"
@@ -263,8 +277,8 @@ class LabelMaps:
 
 def instance_name(instance: Masked) -> str:
     """A picture's file name without its end; frame_000012 of a video."""
-    if "#" in instance.path:
-        return f"frame_{int(instance.path.rsplit('#', 1)[1]):06d}"
+    if frame := re.fullmatch(r".*#(\d+)", instance.path):
+        return f"frame_{int(frame.group(1)):06d}"
     return Path(instance.path).stem
 
 

@@ -107,10 +107,10 @@ LAYOUTS = {
     "ImageFolder": image_folder,
     "MaskFolder": masks(mask_folder),
     "Cityscapes": masks(cityscapes, "--data.base=64"),
-    "PascalContext": masks(pascal, "--data.eval_base=64"),
+    "PascalContext": masks(pascal, "--data.eval_size=64"),
     "Lip": masks(lip, f"--data.eval_size={SMALL}"),
-    "Ade20k": masks(ade, "--data.eval_base=64"),
-    "CocoStuff": masks(coco_stuff_10k, "--data.eval_base=64"),
+    "Ade20k": masks(ade, "--data.eval_size=64"),
+    "CocoStuff": masks(coco_stuff_10k, "--data.eval_size=64"),
 }
 
 

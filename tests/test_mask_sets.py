@@ -354,9 +354,9 @@ def test_ade20k_labels_and_names(tmp_path):
 def test_longer_side(kind, tmp_path):
     SETS[kind](tmp_path)
     for given, expected in (
-        ({"eval_base": 128}, (96, 128)),
-        ({"eval_base": None}, (48, 64)),
-        ({"eval_base": 128, "eval_size": (80, 80)}, (80, 80)),
+        ({"eval_size": 128}, (96, 128)),
+        ({"eval_size": None}, (48, 64)),
+        ({"eval_size": (80, 80)}, (80, 80)),
     ):
         data = kind(str(tmp_path), workers=0, **given)
         data.setup("validate")
@@ -384,7 +384,7 @@ def test_longer_side_in_training_is_the_official_one(shape, tmp_path):
 
 def test_windows_follow_the_longer_side(tmp_path):
     ade(tmp_path)
-    data = Ade20k(str(tmp_path), workers=0, eval_base=64)
+    data = Ade20k(str(tmp_path), workers=0, eval_size=64)
     data.setup("validate")
     batch = next(iter(data.val_dataloader()))
     seen = []
