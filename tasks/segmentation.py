@@ -17,6 +17,7 @@ from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from PIL import Image
 from torch import Tensor, nn
 
+from datamodules import ade20k, cityscapes, coco_stuff, lip
 from datamodules.drawing import write_text
 from datamodules.masks import IGNORE, Masked, distinct, resized
 from datamodules.transforms import Array, DataError, read_image
@@ -29,6 +30,14 @@ from hrnet.losses import OHEM, CrossEntropy
 from hrnet.weights import InitFrom
 from tasks.base import Task
 from tasks.cli import main
+
+PUBLISHED = {
+    19: [name for _, name, *_ in cityscapes.CLASSES],
+    20: lip.NAMES,
+    150: [name.strip() for name in ade20k.NAMES.split(",")],
+    171: [name.strip() for name in coco_stuff.NAMES.split(",")],
+}
+"""Taken where no data and no checkpoint say otherwise: what the official models of so many classes predict."""
 
 
 class Segmentation(Task):
@@ -97,8 +106,9 @@ class Segmentation(Task):
         self.head_lr = head_lr
         self.align_corners, self.pixel_loss, self.auxiliary = align_corners, loss or CrossEntropy(), auxiliary
         self.evaluation = replace(evaluation, align_corners=align_corners)
-        self.class_names = class_names or [str(i) for i in range(num_classes)]
-        self.palette = np.array(palette or distinct(num_classes), np.uint8)
+        self.class_names = class_names or PUBLISHED.get(num_classes) or [str(i) for i in range(num_classes)]
+        colours = [colour for _, _, colour, _ in cityscapes.CLASSES] if num_classes == 19 else distinct(num_classes)
+        self.palette = np.array(palette or colours, np.uint8)
         self.eval_size = eval_size
         weight = None if class_weights is None else torch.tensor(class_weights, dtype=torch.float32)
         self.register_buffer("weight", weight, persistent=False)
