@@ -193,6 +193,9 @@ class MaskData(DataModule):
         DataError: if a split is empty, images and masks do not belong together, or a mask holds other values.
     """
 
+    kind = MaskDataset
+    """What reads the samples."""
+
     def __init__(
         self,
         class_names: Sequence[str],
@@ -216,8 +219,6 @@ class MaskData(DataModule):
         self.size, self.base, self.augmentation, self.eval_size = size, base, augmentation, eval_size
         self.flip_pairs = [list(map(int, pair)) for pair in flip_pairs]
         self.class_weights = self.weights(class_weights)
-
-    kind = MaskDataset
 
     def pairs(self, split: str) -> list[tuple[Path, Path]]:
         """Image and mask of every sample of "train", "val" or "test"."""
@@ -247,7 +248,7 @@ class MaskData(DataModule):
 
     def pixels(self, split: str) -> Array:
         """Pixels `[N, C]` of every class in every mask of a split."""
-        masks = [read_mask(str(mask), self.values) for _, mask in self.pairs(split)]
+        masks = (read_mask(str(mask), self.values) for _, mask in self.pairs(split))  # one at a time
         return np.array([np.bincount(mask.ravel(), minlength=256)[: self.num_classes] for mask in masks])
 
     def instances(self, split: str) -> list[Masked]:
