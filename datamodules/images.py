@@ -11,16 +11,23 @@ from typing import Any
 import numpy as np
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from numpy.typing import NDArray
-from PIL import Image
+from PIL import ExifTags, Image
 
 from datamodules.base import Instance, KeypointData, KeypointDataset, Keypoints
 from datamodules.checks import Report
 from datamodules.coco_file import read_json
-from datamodules.transforms import DataError, read_image
+from datamodules.transforms import DataError, read_upright
 from datamodules.video import Video
 
 IMAGES = {".bmp", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp"}
 VIDEOS = {".avi", ".mkv", ".mov", ".mp4", ".webm"}
+
+
+class PhotoDataset(KeypointDataset):
+    """Crops of pictures, which are turned as their EXIF orientation says."""
+
+    def read(self, instance: Instance) -> np.ndarray:
+        return read_upright(instance.path)
 
 
 class FrameDataset(KeypointDataset):
@@ -37,8 +44,9 @@ class FrameDataset(KeypointDataset):
 class Images(KeypointData):
     """Images or a video without labels, to predict on; `datasets["predict"]` is there after `setup("predict")`.
 
-    An image's id is the number that its file name consists of, if all do and differ (000000000785.jpg), else its place
-    from 1 in sorted order; of a video the frame's number from 0. A video has one worker at most.
+    Images are turned as their EXIF orientation says, and so boxes are of the upright image. An image's id is the number
+    that its file name consists of, if all do and differ (000000000785.jpg), else its place from 1 in sorted order; of a
+    video the frame's number from 0. A video has one worker at most.
 
     Args:
         path: a folder (with all below it), a pattern (*.jpg), an image, a text file of images one a line (starting from
@@ -100,7 +108,7 @@ class Images(KeypointData):
         """RGB `[H, W, 3]` of an image or a frame, the caller's own. Raises KeyError for an unknown id."""
         if self.video is not None and image_id in self.files:
             return self.video[image_id].copy()
-        return read_image(self.files[image_id])
+        return read_upright(self.files[image_id])
 
     def name(self, image_id: int) -> str:  # type: ignore[override]  # Lightning's attribute of this name is unused
         """The file's name, relative to the folder given or common to all; frame_000012 of a video."""
@@ -108,7 +116,7 @@ class Images(KeypointData):
 
     def dataset(self, instances: Sequence[Instance], train: bool = False) -> KeypointDataset:
         if self.video is None:
-            return super().dataset(instances, train)
+            return PhotoDataset(instances, self.facts, self.size, padding=self.padding, udp=self.udp)
         # A copy reads for itself: with one capture, `image` would throw the loader back to the first frame.
         return FrameDataset(copy(self.video), instances, self.facts, self.size, padding=self.padding, udp=self.udp)
 
@@ -124,9 +132,10 @@ class Images(KeypointData):
             return self.video.size
         try:
             with Image.open(self.files[image_id]) as image:
-                return image.size
-        except Exception:  # whatever is wrong, read_image says it better
-            height, width = read_image(self.files[image_id]).shape[:2]
+                turned = image.getexif().get(ExifTags.Base.Orientation, 1) > 4
+                return image.size[::-1] if turned else image.size
+        except Exception:  # whatever is wrong, reading says it better
+            height, width = read_upright(self.files[image_id]).shape[:2]
             return width, height
 
     def _instance(self, image_id: int, box: Sequence[float], **given: Any) -> Instance:

@@ -14,7 +14,7 @@ import numpy as np
 from datamodules.base import DataModule
 from datamodules.images import IMAGES, files_of
 from datamodules.masks import IGNORE, MaskData, MaskDataset, Masked, collate, dims, read_mask
-from datamodules.transforms import Array, DataError
+from datamodules.transforms import Array, DataError, read_upright
 
 MASKS = {".png", ".bmp", ".tif", ".tiff", ".gif"}
 
@@ -140,12 +140,19 @@ class MaskPhotos(DataModule):
             self.datasets["predict"] = Frames(video, frames, self.eval_size)
         else:
             found = [Masked(str(file), i) for i, file in enumerate(files)]
-            self.datasets["predict"] = MaskDataset(found, np.zeros(256), (1, 1), eval_size=self.eval_size)
+            self.datasets["predict"] = Upright(found, np.zeros(256), (1, 1), eval_size=self.eval_size)
 
     def loader(self, split: str) -> Any:
         loader = super().loader(split)
         loader.collate_fn = collate
         return loader
+
+
+class Upright(MaskDataset):
+    """Pictures without masks, turned as their EXIF orientation says."""
+
+    def read(self, instance: Masked) -> Array:
+        return read_upright(instance.path)
 
 
 class Frames(MaskDataset):

@@ -44,7 +44,7 @@ def read_upright(path: str | Path) -> Array:
     Raises:
         DataError: naming the file if it is missing, is no image, or is cut off.
     """
-    from PIL import Image, ImageOps
+    from PIL import Image, ImageOps, UnidentifiedImageError
 
     try:
         with Image.open(path) as file:
@@ -57,6 +57,8 @@ def read_upright(path: str | Path) -> Array:
     except FileNotFoundError:
         raise DataError(f"{path}: cannot read the image (no such file); check the image folder") from None
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        if isinstance(error, UnidentifiedImageError) and cv2.haveImageReader(str(path)):
+            return read_image(path)  # some formats only OpenCV knows
         raise DataError(f"{path}: broken or no image ({error}); copy it anew, or remove it") from None
 
 

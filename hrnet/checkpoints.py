@@ -5,6 +5,7 @@ A checkpoint's tensors come under our names, `backbone.*` and `head.*`; `hrnet.w
 
 import difflib
 import hashlib
+import json
 import pickle
 import re
 from collections import Counter
@@ -18,7 +19,7 @@ from torch import Tensor, nn
 
 from hrnet.backbone import PRESETS, HRNetConfig, resolve
 from hrnet.dialects import DIALECTS, from_dialect, recognise
-from hrnet.protocols import protocol_of
+from hrnet.protocols import last_layer, protocol_of
 
 ARRAY, SCALAR = np.zeros(0).__reduce__()[0], np.float64(0).__reduce__()[0]
 NUMPY: list[Any] = [np.ndarray, np.dtype, *(type(np.dtype(kind)) for kind in ("f8", "f4", "i8", "i4", "u1", "?"))]
@@ -90,11 +91,11 @@ class Checkpoint:
             k: getattr(self.config, k) for k in ("fusion", "upsample", "align_corners", "bn_momentum", "checkpointing")
         }
         known = [name for name, preset in PRESETS.items() if replace(preset, **same) == self.config]
-        last = [v for k, v in self.state.items() if k.startswith("head.") and k.endswith(".weight") and v.ndim > 1]
+        last = last_layer(self.state)
         size = sum(v.numel() for k, v in self.state.items() if not k.endswith(("mean", "var", "tracked")))
         lines = [
             f"{self.path}",
-            f"  names of {self.dialect}, head: {self.head}" + (f" ({len(last[-1])} outputs)" if last else ""),
+            f"  names of {self.dialect}, head: {self.head}" + (f" ({len(self.state[last])} outputs)" if last else ""),
             f"  network: {known[0] if known else self.config}",
             f"  {size:,} parameters, {len(self.state)} tensors, sha256 {self.hash[:16]}",
         ]
@@ -131,6 +132,9 @@ def read(path: str | Path, trust: bool = False, dialect: str | None = None) -> C
         meta = content.get("meta") or {"hyper_parameters": content.get("hyper_parameters")}
     elif hasattr(content, "pretrained_cfg"):
         meta = {"timm": content.pretrained_cfg}
+    beside = Path(path).with_name("config.json")
+    if not meta.get("hyper_parameters") and Path(path).suffix == ".safetensors" and beside.is_file():
+        meta = {"timm": json.loads(beside.read_text()).get("pretrained_cfg")}  # as timm's models are downloaded
     if isinstance(content, nn.Module):  # some official files hold the whole module
         content = content.state_dict()
     for wrapper in ("state_dict", "model"):
@@ -179,12 +183,12 @@ def from_file(path: Path, trust: bool) -> Any:
     if not path.is_file():
         raise WeightsError(f"{path}: no such checkpoint; init_from wants a file's path")
     try:
-        if path.suffix == ".safetensors":
+        with path.open("rb") as file:
+            start = file.read(40)
+        if path.suffix == ".safetensors" and b"git-lfs" not in start:
             from safetensors.torch import load_file
 
             return load_file(path)
-        with path.open("rb") as file:
-            start = file.read(40)
         if not start.startswith((b"PK", b"\x80")):
             hint = (
                 "a pointer of Git LFS: run `git lfs pull`" if b"git-lfs" in start else f"it begins with {start[:20]!r}"
@@ -216,21 +220,25 @@ def timm_model(name: str, **kwargs: Any) -> nn.Module:
 
     known = timm.list_pretrained()
     if name not in known and name not in {full.split(".")[0] for full in known}:
-        near = difflib.get_close_matches(name, known, 3) or known
-        raise WeightsError(f"timm has no pretrained {name!r}; near it: {', '.join(near)}")
+        near = difflib.get_close_matches(name, known, 3)
+        hint = f"near it: {', '.join(near)}" if near else "timm.list_pretrained('hrnet*') lists HRNets"
+        raise WeightsError(f"timm has no pretrained {name!r}; {hint}")
     try:
         return timm.create_model(name, pretrained=True, **kwargs).eval()
     except Exception as error:
-        hub = f"https://huggingface.co/timm/{name}"
+        hub = getattr(timm.get_pretrained_cfg(name), "hf_hub_id", None) or f"timm/{name}"
         raise WeightsError(
-            f"timm:{name}: cannot be fetched ({type(error).__name__}); without network, download model.safetensors "
-            f"from {hub} elsewhere and give its path"
+            f"timm:{name}: cannot be fetched ({type(error).__name__}); without network, download model.safetensors and "
+            f"config.json from https://huggingface.co/{hub} elsewhere and, for an HRNet, give the path; for any other "
+            f"model, run timm once where there is network and copy its cache (HF_HOME)"
         ) from None
 
 
 def fetched(url: str) -> Path:
     """The file behind a URL, from torch.hub's cache or downloaded into it."""
-    path = Path(torch.hub.get_dir()) / "checkpoints" / url.split("?")[0].rsplit("/", 1)[-1]
+    # Every model of a hub is called model.safetensors: the whole URL tells them apart.
+    name = f"{hashlib.sha256(url.encode()).hexdigest()[:8]}-{url.split('?')[0].rsplit('/', 1)[-1]}"
+    path = Path(torch.hub.get_dir()) / "checkpoints" / name
     if not path.is_file():
         try:
             path.parent.mkdir(parents=True, exist_ok=True)

@@ -40,6 +40,11 @@ def convolutions(ours: str, theirs: str, convolution: str = "0", norm: str = "1"
     return ((f"{ours}.{convolution}.", f"{theirs}.conv."), (f"{ours}.{norm}.", f"{theirs}.bn."))
 
 
+def pyramid(theirs: str) -> tuple[tuple[str, str], ...]:
+    """HRNetV2p's two layers."""
+    return tuple((f"head.{name}.", f"{theirs}.{name}.") for name in ("reduction_conv", "fpn_conv"))
+
+
 PLAIN = tuple((f"backbone.{name}", name) for name in TRUNK)
 MM = (("backbone.", "backbone."),)
 CONTEXT = "decode_head.1.object_context_block"
@@ -54,9 +59,9 @@ DIALECTS = {
     "official-segmentation": Dialect((*((a, f"model.{b}") for a, b in PLAIN), ("head.", "model."))),
     # The official face alignment code calls the layers of our last_layer `head`.
     "official-face": Dialect((*PLAIN, ("head.last_layer.", "head."))),
-    "official-detection": Dialect((*MM, ("head.", "neck."))),
-    "maskrcnn-benchmark": Dialect((("backbone.", "backbone.body."), ("head.", "backbone.neck."))),
-    "fcos": Dialect((("backbone.", "backbone.body."), ("head.", "backbone.fpn."))),
+    "official-detection": Dialect((*MM, *pyramid("neck"))),
+    "maskrcnn-benchmark": Dialect((("backbone.", "backbone.body."), *pyramid("backbone.neck"))),
+    "fcos": Dialect((("backbone.", "backbone.body."), *pyramid("backbone.fpn"))),
     "mmpretrain": Dialect(
         (
             *MM,
@@ -73,7 +78,11 @@ DIALECTS = {
         (*MM, ("head.last_layer.3.", "head.final_layer."), ("head.last_layer.", "head.conv_layers.")),
     ),
     "mmpose-0": Dialect(
-        (*MM, ("head.last_layer.{}.", "keypoint_head.final_layer.{}."), ("head.", "keypoint_head.")),
+        (
+            *MM,
+            ("head.last_layer.{}.", "keypoint_head.final_layer.{}."),
+            *((f"head.final_layer.{n}", f"keypoint_head.final_layer.{n}") for n in ("weight", "bias")),
+        ),
     ),
     "mmseg": Dialect(
         (

@@ -5,14 +5,16 @@ python -m hrnet.weights convert FILE OUT --to timm
 """
 
 import argparse
+import re
 import warnings
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
+from hrnet.backbone import HRNet, HRNetConfig
 from hrnet.checkpoints import WeightsError, grouped, read
 from hrnet.dialects import DIALECTS, to_dialect
 
@@ -67,7 +69,7 @@ class Report:
 
 
 def load(module: nn.Module, source: InitFrom) -> Report:
-    """Load `source` into `module.backbone` and `module.head`.
+    """Load `source` into `module.backbone` and `module.head` (for a backbone alone see `backbone`).
 
     Returns:
         What was loaded and what was not.
@@ -109,16 +111,42 @@ def load(module: nn.Module, source: InitFrom) -> Report:
     # The oldest official files were made before batch norm counted its batches.
     report.missing = [k for k in own if k not in state and not k.endswith("num_batches_tracked")]
     if source.strict and (report.missing or report.unexpected or report.mismatched):
-        raise WeightsError(
-            f"{report}\n  The checkpoint does not fit. For its backbone alone say `init_from.part: backbone`; "
-            f"to load what fits, `init_from.strict: false`; or set model.backbone as it was trained: {file.config}."
-        )
+        raise WeightsError(f"{report}\n  The checkpoint does not fit. {remedy(report, file.config)}")
     if not report.loaded:
         raise WeightsError(f"{report}\n  Nothing of it fits.")
     module.load_state_dict({k: state[k] for k in report.loaded}, strict=False)
     if source.part != "head":
         check_alive(module.backbone, source.path)  # type: ignore[arg-type]
     return report
+
+
+def remedy(report: Report, config: HRNetConfig) -> str:
+    """What to do about a checkpoint that does not fit."""
+    wrong = [*report.missing, *report.unexpected, *report.mismatched]
+    coarse = r"backbone\.stage4\.\d+\.fuse_layers\.[123]\."
+    if all(re.match(coarse, key) for key in wrong):
+        return (
+            "Its network puts out the finest map only, as for pose, and has no layers for the others; to let those "
+            "start anew, say `init_from.strict: false`."
+        )
+    if all(key.startswith("head.") for key in wrong):
+        return "Its head is another one; for the backbone alone say `init_from.part: backbone`."
+    part = "" if report.part == "backbone" else "for its backbone alone say `init_from.part: backbone`; "
+    return f"Set model.backbone as it was trained ({config}); {part}to load what fits, say `init_from.strict: false`."
+
+
+def backbone(source: str, outputs: Literal[1, 2, 3, 4] = 4, in_channels: int | None = None) -> HRNet:
+    """A trained backbone alone, in evaluation mode.
+
+    Args:
+        source: see `InitFrom`: a file of any dialect, a URL, or `timm:<model name>`; it tells the network.
+        outputs: how many maps, finest first.
+        in_channels: of the image; None as the file has it, else the stem's weights are adapted.
+    """
+    config = read(source).config
+    net = HRNet(config if in_channels is None else replace(config, in_channels=in_channels), outputs)
+    load(nn.ModuleDict({"backbone": net}), InitFrom(source, part="backbone"))
+    return net.eval()
 
 
 def for_channels(weight: Tensor, channels: int) -> Tensor:
@@ -181,10 +209,15 @@ def main() -> None:
         if args.command == "inspect":
             return
         state = {k: v for k, v in file.state.items() if args.part == "all" or k.startswith(args.part + ".")}
-        unknown = write(state, args.out, args.to)
-        print(f"{len(state) - len(unknown)} tensors as {args.to}: {args.out}")
+        _, unknown = to_dialect(state, args.to)
         if unknown:
-            raise WeightsError(f"{len(unknown)} have no place in {args.to} and were not written: {grouped(unknown)}")
+            raise WeightsError(
+                f"{args.out} is not written: {len(unknown)} tensors have no place in {args.to} ({grouped(unknown)}); "
+                f"`--part backbone` leaves the head out"
+            )
+        Path(args.out).parent.mkdir(parents=True, exist_ok=True)
+        write(state, args.out, args.to)
+        print(f"{len(state)} tensors as {args.to}: {args.out}")
     except (WeightsError, OSError) as error:
         raise SystemExit(f"{type(error).__name__}: {error}") from None
 

@@ -38,6 +38,10 @@ class Task(L.LightningModule):
 
     mean: Tensor
     std: Tensor
+    heads: tuple[str, ...] = ()
+    """Kinds of heads (`hrnet.checkpoints.HEADS`) that its published networks have."""
+    facts: tuple[str, ...] = ()
+    protocol: tuple[str, ...] = ()
     head_lr = 1.0
     """Factor on the head's learning rate."""
 
@@ -91,10 +95,12 @@ class Task(L.LightningModule):
         """A published checkpoint as a task, ready to predict: network, number of outputs and protocol are the file's.
 
         Args:
-            source: see `InitFrom`; for a checkpoint of our own runs use `load_from_checkpoint`.
+            source: see `InitFrom`; a checkpoint of our own runs comes with all its settings.
             **settings: of the task's constructor; they win over the file's.
         """
         file = read(source)
+        if file.dialect == "hrnet" and "backbone" in file.protocol:
+            return cls.load_from_checkpoint(source, map_location="cpu").eval()
         accepted = inspect.signature(cls).parameters
         found = {k: v for k, v in file.protocol.items() if k in accepted}
         task = cls(**found | {"backbone": file.config} | settings)

@@ -18,9 +18,9 @@ from torchvision.transforms import v2
 
 from datamodules.drawing import write_text
 from datamodules.image_folder import Labelled, centre
-from datamodules.transforms import Array, read_upright
+from datamodules.transforms import Array, DataError, read_upright
 from hrnet import PRESETS, HRNetConfig
-from hrnet.checkpoints import timm_model
+from hrnet.checkpoints import WeightsError, timm_model
 from hrnet.heads import Classification as ClassificationHead
 from hrnet.weights import InitFrom
 from tasks.base import Task
@@ -43,6 +43,7 @@ class Classification(Task):
         init, optimizer, lr_scheduler, lr_interval, init_from, mean, std, channels_last: see `Task`.
     """
 
+    heads = ("classification",)
     facts = ("num_classes", "class_names", "size", "resize")
     protocol = ("size", "resize")
 
@@ -81,13 +82,29 @@ class Classification(Task):
         self.mix = v2.RandomChoice(mixes) if mixes else None
         self.teacher_name = teacher
         self.teacher: list[nn.Module] = []  # in a list: no part of the network, nor of its checkpoints
+        names = [name for name, _ in self.named_parameters()]
+        idle = [f for f in self.frozen if not any(name.startswith(f) for name in names)]
+        if idle:
+            raise ValueError(
+                f"freeze: no parameter's name begins with {idle}; they begin with {sorted(beginnings(names))}"
+            )
+        if not 0 <= label_smoothing < 1 or min(mixup, cutmix) < 0:
+            raise ValueError(
+                f"label_smoothing is 0 to 1, mixup and cutmix are 0 or more; got {label_smoothing}, {mixup}, {cutmix}"
+            )
         for name, parameter in self.named_parameters():
             parameter.requires_grad_(not (self.frozen and name.startswith(self.frozen)))
 
     def setup(self, stage: str) -> None:
         super().setup(stage)
         if stage == "fit" and self.teacher_name is not None and not self.teacher:
-            self.teacher = [timm_model(self.teacher_name, num_classes=len(self.class_names)).requires_grad_(False)]
+            teacher: Any = timm_model(self.teacher_name).requires_grad_(False)
+            if teacher.num_classes != len(self.class_names):
+                raise WeightsError(
+                    f"the teacher {self.teacher_name} knows {teacher.num_classes} classes, the data have "
+                    f"{len(self.class_names)}: it has to have learned the same ones"
+                )
+            self.teacher = [teacher]
 
     def on_train_epoch_start(self) -> None:
         for name, module in self.named_modules():
@@ -119,9 +136,32 @@ class Classification(Task):
         """`probability` `[B, C]`."""
         return {"probability": self.logits(features).softmax(-1)}
 
-    def embed(self, image: Tensor) -> Tensor:
-        """`[B, 2048]`, the pooled vector before the classifier, of uint8 RGB `[B, 3, H, W]`; for retrieval."""
-        return self.head.pooled(self(image))  # type: ignore[operator]
+    @torch.inference_mode()
+    def embed(self, images: str | Path | Array | Tensor | Sequence[Any]) -> Tensor:
+        """`[B, 2048]`, the pooled vectors before the classifier; for retrieval.
+
+        Args:
+            images: as for `infer`, or uint8 RGB `[B, 3, H, W]`, taken as it is.
+        """
+        if isinstance(images, str | Path | np.ndarray):
+            images = [images]
+        if not isinstance(images, Tensor):
+            images = torch.stack([self.tensor(image) for image in images])
+        if images.dtype != torch.uint8:
+            raise DataError(f"images must be RGB of 0 to 255, uint8, got {images.dtype}")
+        training = self.training
+        self.eval()
+        try:
+            return self.head.pooled(self(images.to(self.device))).float()  # type: ignore[operator]
+        finally:
+            self.train(training)
+
+    def tensor(self, image: str | Path | Array) -> Tensor:
+        """A picture as the network looks at it, uint8 `[3, S, S]`."""
+        array = image if isinstance(image, np.ndarray) else read_upright(image)
+        if array.dtype != np.uint8 or array.ndim != 3 or array.shape[2] != 3:
+            raise DataError(f"an image must be a path or RGB uint8 [H, W, 3], got {array.dtype} {list(array.shape)}")
+        return centre(self.size, self.resize)(torch.tensor(array).permute(2, 0, 1))
 
     def collector(self, instances: list[Labelled]) -> "TopFive":
         """What `predict` gathers its output in."""
@@ -137,13 +177,11 @@ class Classification(Task):
         if isinstance(images, str | Path | np.ndarray):
             return self.infer([images])[0]
         training, results = self.training, []
-        transform = centre(self.size, self.resize)
         self.eval()
         try:
             for image in images:
-                array = image if isinstance(image, np.ndarray) else read_upright(image)
-                tensor = transform(torch.from_numpy(np.ascontiguousarray(array)).permute(2, 0, 1))
-                probability = self.predict_step({"image": tensor[None].to(self.device)}, 0)["probability"]
+                batch = {"image": self.tensor(image)[None].to(self.device)}
+                probability = self.predict_step(batch, 0)["probability"]
                 results.append(best_five(probability[0], self.class_names))
         finally:
             self.train(training)
@@ -183,6 +221,11 @@ def default_names(count: int) -> list[str]:
         return [str(i) for i in range(count)]
     info = ImageNetInfo()
     return [info.index_to_description(i) for i in range(count)]
+
+
+def beginnings(names: list[str]) -> set[str]:
+    """The first two parts of dotted names."""
+    return {".".join(name.split(".")[:2]) for name in names}
 
 
 def best_five(probability: Tensor, names: list[str]) -> list[dict[str, Any]]:

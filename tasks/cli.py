@@ -1,6 +1,7 @@
 """The one command line of all tasks: `python -m tasks.<task> fit|validate|test|predict`."""
 
 import importlib
+import inspect
 import logging
 import os
 import pkgutil
@@ -87,6 +88,12 @@ class CLI(LightningCLI):
             pass  # read in _parse_ckpt_path
         elif config.get("ckpt_path"):
             self.kept = check_checkpoint(Path(config.ckpt_path))
+            others = self.kept.keys() - inspect.signature(self.model_class).parameters.keys() - {"_instantiator"}
+            if others:
+                raise WeightsError(
+                    f"{config.ckpt_path}: a checkpoint of another task than {self.task} (it has {sorted(others)[:4]}); "
+                    f"to start from its backbone say --model.init_from.path and --model.init_from.part backbone"
+                )
             config.model.init_from = None  # the checkpoint's weights are all there is to load
         elif config.get("model.init_from") is not None:
             self.adopt(config, InitFrom(**vars(config.model.init_from)))
@@ -102,7 +109,12 @@ class CLI(LightningCLI):
             return
         file, command = read(source.path, source.trust), self.config.subcommand
         found: dict[str, Any] = {}
-        if source.part == "all":
+        if source.part == "all" and source.strict and file.head not in self.model_class.heads:
+            raise WeightsError(
+                f"{source.path}: a network for {file.head}, not for {self.task}; to start from its backbone say "
+                f"--model.init_from.path {source.path} --model.init_from.part backbone"
+            )
+        if source.part == "all" and file.head in self.model_class.heads:
             network_of = ("head", "upsample", "align_corners")  # to go on learning, the rest is the new recipe's
             found = {k: plain(v) for k, v in file.protocol.items() if command != "fit" or k in network_of}
         if not asked("model.backbone"):
@@ -222,6 +234,8 @@ def check_checkpoint(path: Path) -> dict[str, Any]:
         content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except Exception as error:
         reason = str(error).splitlines()[0]
+        if "TorchScript" in reason:
+            raise WeightsError(f"{path}: an exported TorchScript; `predict` runs exported .onnx files") from None
         raise WeightsError(f"{path}: not a readable checkpoint of a run ({reason}); is it cut off?") from None
     if not isinstance(content, dict) or "state_dict" not in content or "hyper_parameters" not in content:
         raise WeightsError(

@@ -143,10 +143,15 @@ def main(kind: type[Task], args: list[str]) -> None:
     """Write a checkpoint's network as one file, checked against it."""
     name = kind.__module__
     parser = argparse.ArgumentParser(prog=f"python -m {name} export", description=main.__doc__)
-    parser.add_argument("checkpoint", help="of a run: runs/<task>/version_N/checkpoints/best.ckpt")
+    parser.add_argument("checkpoint", help="of a run (best and last: of the newest), or published weights")
     parser.add_argument("out", help=".onnx, or .pt for TorchScript")
     given = parser.parse_args(args)
-    task = kind.load_from_checkpoint(given.checkpoint, map_location="cpu")
+    path = given.checkpoint
+    if path in ("best", "last"):
+        from tasks.cli import find_checkpoint
+
+        path = str(find_checkpoint(Path("runs") / name.rsplit(".", 1)[-1], path))
+    task = kind.from_weights(path)
     error = export(task, given.out)
     size = Path(given.out).stat().st_size / 2**20
     print(f"{given.out}: {size:.1f} MiB, differs from the checkpoint by {error:.1e} at most")

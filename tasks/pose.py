@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from datamodules.base import Instance, KeypointDataset, Keypoints
 from datamodules.drawing import draw_keypoints, heatmap_overlay, write_text
 from datamodules.metrics import KeypointAP
-from datamodules.transforms import DataError, read_image
+from datamodules.transforms import DataError, read_upright
 from hrnet import PRESETS, HRNetConfig
 from hrnet.checkpoints import WeightsError
 from hrnet.codecs import Heatmap
@@ -56,6 +56,7 @@ class Pose(Task):
         init, optimizer, lr_scheduler, lr_interval, init_from, mean, std, channels_last: see `Task`.
     """
 
+    heads = ("pose", "segmentation")  # the latter: face and hand networks on all four maps
     facts = ("num_keypoints", "keypoint_names", "skeleton", "flip_pairs", "sigmas", "size", "padding", "udp")
     """What the command line passes from the data to the task when fitting and evaluating..."""
     protocol = ("size", "padding", "udp")
@@ -164,7 +165,7 @@ class Pose(Task):
         self.eval()
         try:
             for i, image in enumerate(images):
-                array = read_image(image) if isinstance(image, str | Path) else checked_image(image)
+                array = read_upright(image) if isinstance(image, str | Path) else checked_image(image)
                 chosen = checked_boxes([[0, 0, *array.shape[1::-1]]] if boxes is None else boxes[i], array)
                 instances = [
                     Instance("", 0, np.array(b, dtype=np.float64), np.zeros((0, 2)), np.zeros(0)) for b in chosen

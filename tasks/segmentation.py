@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from datamodules import ade20k, cityscapes, coco_stuff, lip
 from datamodules.drawing import write_text
 from datamodules.masks import IGNORE, Masked, distinct, resized
-from datamodules.transforms import Array, DataError, read_image
+from datamodules.transforms import Array, DataError, read_upright
 from hrnet import PRESETS, HRNetConfig
 from hrnet.backbone import resolve
 from hrnet.checkpoints import config_of, is_source
@@ -58,6 +58,7 @@ class Segmentation(Task):
         init, optimizer, lr_scheduler, lr_interval, init_from, mean, std, channels_last: see `Task`.
     """
 
+    heads = ("segmentation", "segmentation with OCR", "pose")  # the last: HRNetV1
     facts = ("num_classes", "class_names", "palette", "class_weights", "flip_pairs", "eval_size")
     protocol = ("eval_size",)
 
@@ -180,7 +181,7 @@ class Segmentation(Task):
         self.eval()
         try:
             for given in images:
-                image = given if isinstance(given, np.ndarray) else read_image(given)
+                image = given if isinstance(given, np.ndarray) else read_upright(given)
                 if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3:
                     kind = f"{image.dtype} {list(image.shape)}"
                     raise DataError(f"an image must be a path or an RGB uint8 array [H, W, 3], got {kind}")

@@ -152,7 +152,9 @@ def test_without_network_it_says_what_to_download(monkeypatch):
         raise OSError("no route to host")
 
     monkeypatch.setattr(timm, "create_model", fail)
-    with pytest.raises(WeightsError, match=r"download model\.safetensors from https://huggingface\.co/timm/hrnet_w32"):
+    with pytest.raises(
+        WeightsError, match=r"download model\.safetensors and config\.json from https://huggingface\.co/timm/hrnet_w32"
+    ):
         checkpoints.read("timm:hrnet_w32.ms_in1k")
     monkeypatch.setattr(torch.hub, "download_url_to_file", fail)
     with pytest.raises(WeightsError, match=r"download it by other means to .*a\.pth"):

@@ -216,7 +216,7 @@ def test_head_alone(path):
 
 def test_other_width_is_refused(path):
     torch.save(official(Net(HRNetConfig(6, modules=(1, 2, 2), blocks=1, stem=(1, 8)))), path)
-    refused(Net(), InitFrom(path), "of another shape", "and others", "set model.backbone")
+    refused(Net(), InitFrom(path), "of another shape", "and others", "Set model.backbone")
 
 
 def test_other_number_of_keypoints_is_named(path):
