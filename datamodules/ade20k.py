@@ -57,7 +57,7 @@ class Ade20k(MaskFolder):
         super().__init__(
             root,
             {name: i + 1 for i, name in enumerate(names_in(Path(root) / "objectInfo150.txt"))},
-            [0],
+            [0, 255],
             train=train,
             val=val,
             test=test,

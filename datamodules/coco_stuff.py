@@ -82,6 +82,7 @@ class CocoStuff(MaskFolder):
         super().__init__(
             root,
             dict(zip((n.strip() for n in NAMES.split(",")), range(171) if train_ids else NUMBERS, strict=True)),
+            [255],
             train=train,
             val=val,
             test=test,

@@ -69,6 +69,7 @@ class Lip(MaskFolder):
         super().__init__(
             root,
             NAMES,
+            [255],
             train=train,
             val=val,
             test=test,

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from lightning.pytorch.utilities.rank_zero import rank_zero_info
 
 from datamodules.base import DataModule
 from datamodules.images import IMAGES, files_of
@@ -26,7 +27,7 @@ class MaskFolder(MaskData):
         root: folder that all other paths start from.
         classes: names in the order of the masks' values; a file with a name a line; or a mapping from names to what the
             masks hold: a number, a list of numbers, or a colour "#rrggbb" (or a list of them).
-        ignore: numbers or colours that do not count; 255 always.
+        ignore: numbers or colours that do not count, such as 255.
         train, val, test: names of the splits' folders, or of `.txt` files with an image a line; None as test is val.
         images, masks: folders, `{}` stands for the split.
         suffix: what a mask's name has behind the image's, such as "_mask".
@@ -39,8 +40,8 @@ class MaskFolder(MaskData):
     def __init__(
         self,
         root: str = "data/masks",
-        classes: str | list[str] | dict[str, Any] = "classes.txt",
-        ignore: Sequence[int | str] = (),
+        classes: str | list[str] | dict[str, int | str | list[int | str]] = "classes.txt",
+        ignore: list[int | str] | None = None,
         train: str = "train",
         val: str = "val",
         test: str | None = None,
@@ -51,7 +52,7 @@ class MaskFolder(MaskData):
     ) -> None:
         self.root, self.images, self.masks, self.suffix = Path(root), images, masks, suffix
         self.splits = {"train": train, "val": val, "test": test or val}
-        names, values, palette = meaning(self.listed(classes), ignore)
+        names, values, palette = meaning(self.listed(classes), ignore or ())
         kwargs.setdefault("palette", palette)
         super().__init__(names, values, **kwargs)
 
@@ -64,7 +65,10 @@ class MaskFolder(MaskData):
                 f"{path}: no such file; write the classes' names there, one a line in the order of the masks' values, "
                 f"or give them by `classes: [sky, road, ...]`"
             )
-        return [line.strip() for line in path.read_text().splitlines() if line.strip()]
+        names = [line.strip() for line in path.read_text().rstrip().splitlines()]
+        if "" in names:
+            raise DataError(f"{path}: line {names.index('') + 1} is empty, so that the names behind it would shift")
+        return names
 
     def place(self, split: str) -> str:
         return str(self.folders(split)[0])
@@ -72,6 +76,11 @@ class MaskFolder(MaskData):
     def folders(self, split: str) -> tuple[Path, Path]:
         name = "" if self.splits[split].endswith(".txt") else self.splits[split]
         return self.root / self.images.format(name), self.root / self.masks.format(name)
+
+    def setup(self, stage: str) -> None:
+        if stage == "test" and self.splits["test"] == self.splits["val"]:
+            rank_zero_info(f"no test split is named: these are the numbers of {self.splits['val']}")
+        super().setup(stage)
 
     def pairs(self, split: str) -> list[tuple[Path, Path]]:
         images, masks = self.folders(split)
@@ -99,7 +108,7 @@ class MaskFolder(MaskData):
             called = f"its image and {self.suffix}" if self.suffix else "its image"
             raise DataError(
                 f"{images}: {len(lone)} images without a mask in {masks} (first {lone[:3]}), {len(spare)} masks "
-                f"without an image (first {spare[:3]}); a mask is called as {called}"
+                f"without an image (first {spare[:3]}); a mask is called as {called}, and is {'/'.join(sorted(MASKS))}"
             )
         return [(pictures[name], found[name]) for name in sorted(pictures)]
 
@@ -206,12 +215,13 @@ def meaning(
     table = [(v, i) for i, values in stored.items() for v in values]
     twice = {v for v, _ in table if sum(v == w for w, _ in table) > 1 or v in left_out}
     if twice:
-        raise DataError(f"{sorted(twice)} stand for two classes, or for a class and for what is ignored")
+        raise DataError(
+            f"{sorted(twice)} stand for two classes, or for a class and for what is ignored (colours are '#rrggbb')"
+        )
     if kinds == {True}:
         colours = {rgb(v): i for v, i in table} | {rgb(str(v)): IGNORE for v in left_out}
         return names, colours, [list(rgb(stored[i][0])) for i in range(len(names))]
     values = np.full(256, -1, np.int16)
-    values[IGNORE] = IGNORE
     for v, i in [*table, *((v, IGNORE) for v in left_out)]:
         if not 0 <= int(v) <= 255:
             raise DataError(f"{v}: masks hold 0 to 255")
@@ -248,6 +258,8 @@ def report(data: MaskData, splits: Sequence[str]) -> list[str]:
         print(f"{split}: {len(pairs)} images, {counts[IGNORE] / max(1, counts.sum()):.1%} of the pixels ignored")
         if not pairs:
             faults.append(f"{data.place(split)}: the {split} split is empty")
+        elif not counts[:IGNORE].any():
+            faults.append(f"{data.place(split)}: not one pixel of the {split} split is of a class; what do masks hold?")
         share = counts[: data.num_classes] / max(1, counts[: data.num_classes].sum())
         print("  " + ", ".join(f"{n} {s:.2%}" for n, s in zip(data.class_names, share, strict=True)))
         absent = [n for n, s in zip(data.class_names, share, strict=True) if s == 0]
@@ -293,15 +305,16 @@ def main() -> None:
     parser.add_argument("command", choices=["check"])
     parser.add_argument("root")
     parser.add_argument("--classes", help="a file below ROOT, or JSON: a list of names, or a mapping", default=None)
-    parser.add_argument("--ignore", help="JSON list", default="[]")
+    parser.add_argument("--ignore", help="a number, or a JSON list of numbers or colours", default="[]")
     for name in ("train", "val", "test", "images", "masks", "suffix"):
         parser.add_argument(f"--{name}")
     args = parser.parse_args()
     given = {k: v for k, v in vars(args).items() if v is not None and k not in ("command", "root", "ignore")}
     if str(given.get("classes", "")).startswith(("[", "{")):
         given["classes"] = json.loads(given["classes"])
+    ignored = json.loads(args.ignore)
     try:
-        data = MaskFolder(args.root, ignore=json.loads(args.ignore), **given)
+        data = MaskFolder(args.root, ignore=ignored if isinstance(ignored, list) else [ignored], **given)
     except DataError as error:
         raise SystemExit(str(error)) from None
     finish(report(data, ["train", "val"] + (["test"] if args.test else [])))

@@ -24,7 +24,7 @@ class Protocol:
         scales: sizes to look at, relative to the image.
         flip: look at the mirror image as well, and average the logits.
         average: what is averaged over windows and scales: "exp" of the logits as officially, or their "softmax".
-        align_corners: of the resizing of logits; belongs to the weights.
+        align_corners: of the resizing of logits; belongs to the weights, so the segmentation task sets it.
     """
 
     window: tuple[int, int] | None = None

@@ -47,8 +47,9 @@ class Segmentation(Task):
         backbone: an `HRNetConfig`, a preset's name such as "w48", or `timm:<name>` for pretrained weights.
         head: class of the head; called with the maps' channels and the number of classes.
         upsample, align_corners: of the exchanges in the backbone, of the head and of the logits: one choice for all of
-            them, so it goes over the backbone's own. Officially bilinear; align_corners False for the plain models on
-            Cityscapes, LIP and PASCAL-Context, True with OCR, ADE20K and COCO-Stuff.
+            them, so it goes over the backbone's, the head's and the evaluation's. Officially bilinear, align_corners
+            False for the plain models on Cityscapes, LIP and PASCAL-Context, True with OCR, ADE20K and COCO-Stuff; None
+            is the head's own, False for HRNetV2 and True for OCR.
         loss: of logits, labels and class weights; None is cross-entropy.
         auxiliary: weight of the loss of a head's coarse output, if it has one (OCR; officially 0.4).
         head_lr: factor on the head's learning rate; officially 10 for PASCAL-Context and COCO-Stuff, else 1.
@@ -70,7 +71,7 @@ class Segmentation(Task):
         backbone: HRNetConfig | str = PRESETS["w48"],
         head: Callable[[list[int], int], nn.Module] = HRNetV2,
         upsample: Literal["bilinear", "nearest"] = "bilinear",
-        align_corners: bool = False,
+        align_corners: bool | None = None,
         loss: CrossEntropy | OHEM | nn.Module | None = None,
         auxiliary: float = 0.4,
         head_lr: float = 1.0,
@@ -93,8 +94,12 @@ class Segmentation(Task):
         if isinstance(backbone, str) and is_source(backbone):
             init_from = init_from or InitFrom(backbone, part="backbone")
             backbone = config_of(backbone)
+        with torch.random.fork_rng(devices=[]):
+            trial = head([1] * 4, 1)  # what it reads, and how it up-samples
+        maps: int = getattr(trial, "maps", 4)
+        if align_corners is None:
+            align_corners = bool(getattr(trial, "align_corners", False))
         network = replace(resolve(backbone), upsample=upsample, align_corners=align_corners)
-        maps = getattr(head, "maps", 4) if isinstance(head, type) else getattr(head([1] * 4, 1), "maps", 4)
         super().__init__(network, maps, init, optimizer, lr_scheduler, lr_interval, init_from, mean, std, channels_last)
         self.save_hyperparameters()
         self.keep_hyperparameters(ignore=["evaluation"])
@@ -143,6 +148,8 @@ class Segmentation(Task):
             if known is not None and x is image:
                 maps, known = known, None
             else:
+                if (least := min(x.shape[-2:])) < 32:  # smaller than the network's coarsest cell
+                    x = F.interpolate(x.float(), scale_factor=32 / least, mode="bilinear")
                 maps = self(x)
             return self.head(maps)
 
@@ -157,9 +164,8 @@ class Segmentation(Task):
         return prediction
 
     def predict_step(self, batch: Any, index: int) -> dict[str, Tensor]:
-        if self.evaluation.window is not None:  # the whole image may be too large to look at
-            return self.predict([], batch)
-        return super().predict_step(batch, index)
+        # By windows the whole image may be too large to look at; and `scores` looks at it if nobody has.
+        return self.predict([], batch)
 
     def collector(self, instances: list[Masked]) -> "LabelMaps":
         """What `predict` gathers its output in."""

@@ -267,11 +267,20 @@ def test_black_and_white(mode, tmp_path):
     assert all(np.array_equal(a, b) for a, b in zip(load(data), expected["train"]))
 
 
-def test_255_is_ignored_and_others_if_told(tmp_path):
+def test_what_is_to_be_ignored_is_named(tmp_path):
     stored = np.array([0, 1, 254, 255], np.uint8)
     expected = folder(tmp_path, coding=lambda label: stored[label])
-    data = MaskFolder(str(tmp_path), ["a", "b"], ignore=[254])
+    data = MaskFolder(str(tmp_path), ["a", "b"], ignore=[254, 255])
     assert all(np.array_equal(a, np.where(b > 1, 255, b)) for a, b in zip(load(data), expected["train"]))
+    with pytest.raises(DataError, match=r"holds \[255\].*ignore: \[255\]"):
+        load(MaskFolder(str(tmp_path), ["a", "b"], ignore=[254]))
+
+
+def test_blank_line_among_the_names(tmp_path):
+    folder(tmp_path)
+    (tmp_path / "classes.txt").write_text("a\n\nb\n")
+    with pytest.raises(DataError, match="line 2 is empty"):
+        MaskFolder(str(tmp_path))
 
 
 def test_suffix(tmp_path):
@@ -350,7 +359,7 @@ def test_class_weights(tmp_path):
     classes = ["a", "b", "c", "nobody"]
 
     def weights(how):
-        return MaskFolder(str(tmp_path), classes, class_weights=how).class_weights
+        return MaskFolder(str(tmp_path), classes, [255], class_weights=how).class_weights
 
     assert weights(None) is None
     assert weights("median") == pytest.approx([0.375 / s for s in (0.5, 0.375, 0.125)] + [1], abs=1e-4)
@@ -538,7 +547,7 @@ def test_batches_of_resized_pictures_of_several_sizes(masks):
 
 def test_all_void_mask_costs_nothing_and_training_goes_on(good):
     save(good / "masks" / "train" / "0.png", np.full((90, 120), 255, np.uint8))
-    data = MaskFolder(str(good), size=(32, 48), batch_size=1, workers=0)
+    data = MaskFolder(str(good), ignore=[255], size=(32, 48), batch_size=1, workers=0)
     data.setup("fit")
     net = torch.nn.Sequential(torch.nn.Conv2d(3, 4, 3, padding=1), torch.nn.BatchNorm2d(4))
     losses = []

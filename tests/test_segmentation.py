@@ -85,8 +85,9 @@ def test_loss_is_cross_entropy_at_the_labels_size(weights, align_corners, batch)
 @pytest.mark.parametrize("loss", [CrossEntropy(), OHEM(0.7, 100)])
 def test_ocr_has_two_losses(loss, weights, batch):
     task = build(head=SmallOCR, loss=loss, class_weights=weights)
+    assert task.align_corners  # the head's own choice, where nobody makes one
     losses = task.loss(task(batch["image"]), batch)
-    output, coarse = (full(x) for x in task.head.both(task(batch["image"])))
+    output, coarse = (full(x, align_corners=True) for x in task.head.both(task(batch["image"])))
     torch.testing.assert_close(losses["label"], loss(output, batch["mask"], task.weight))
     expected = F.cross_entropy(coarse, batch["mask"].long(), task.weight, ignore_index=255)
     torch.testing.assert_close(losses["coarse"], 0.4 * expected)
