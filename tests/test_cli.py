@@ -447,7 +447,7 @@ def test_truncated_jpeg_to_predict_on(fitted, cli, photos, tmp_path, capfd):
     path = tmp_path / "photos" / "b.jpg"
     path.write_bytes(path.read_bytes()[:4000])
     call = ["predict", f"--ckpt_path={checkpoint(fitted)}", f"--data.path={tmp_path / 'photos'}", *QUIET]
-    assert "b.jpg: broken or truncated" in refused(capfd, cli, tmp_path, *call)
+    assert "b.jpg: broken or no image" in refused(capfd, cli, tmp_path, *call)
     assert "results.json" not in left_by(tmp_path)
 
 
