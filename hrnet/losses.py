@@ -71,7 +71,7 @@ class OHEM:
     ignore: int = 255
 
     def __post_init__(self) -> None:
-        if not 0 < self.threshold <= 1 or self.keep < 0:
+        if not 0 <= self.threshold <= 1 or self.keep < 0:
             raise ValueError(f"threshold is a probability and keep a number of pixels, got {self}")
 
     def __call__(self, logits: Tensor, label: Tensor, weight: Tensor | None = None) -> Tensor:
