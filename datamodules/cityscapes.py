@@ -6,8 +6,9 @@
 from pathlib import Path
 from typing import Any, Literal
 
+from datamodules.mask_files import values_of
 from datamodules.mask_folder import check, need
-from datamodules.masks import MaskData, values_of
+from datamodules.masks import MaskData
 from datamodules.transforms import DataError
 
 # Number in the files, name, colour and weight in the loss of every class (cityscapesscripts labels.py; official

@@ -8,7 +8,7 @@ from torch import Tensor
 from torchmetrics import Metric
 from torchmetrics.utilities import dim_zero_cat
 
-IGNORE = 255
+from datamodules.mask_files import IGNORE
 
 
 class MeanIoU(Metric):

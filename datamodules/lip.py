@@ -8,8 +8,9 @@ from typing import Any
 
 import cv2
 
+from datamodules.mask_files import resized
 from datamodules.mask_folder import MaskFolder, check, need
-from datamodules.masks import MaskAugmentation, MaskDataset, resized
+from datamodules.masks import MaskAugmentation, MaskDataset
 from datamodules.transforms import Array
 
 NAMES = [

@@ -14,7 +14,8 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_info
 
 from datamodules.base import DataModule
 from datamodules.images import IMAGES, files_of
-from datamodules.masks import IGNORE, MaskData, MaskDataset, Masked, collate, dims, read_mask
+from datamodules.mask_files import IGNORE, dims, read_mask
+from datamodules.masks import MaskData, MaskDataset, Masked, collate
 from datamodules.transforms import Array, DataError, read_upright
 
 MASKS = {".png", ".bmp", ".tif", ".tiff", ".gif"}

@@ -12,8 +12,9 @@ from typing import Any, Literal
 import numpy as np
 from PIL import Image
 
+from datamodules.mask_files import values_of
 from datamodules.mask_folder import check, need
-from datamodules.masks import MaskData, values_of
+from datamodules.masks import MaskData
 from datamodules.transforms import DataError
 
 # Number among the original 459, which are in alphabetical order, and name. The masks hold the place in this list, from

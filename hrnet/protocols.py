@@ -82,9 +82,7 @@ def normalisation(text: str) -> dict[str, Any]:
         if len(values) == 3:
             found[name] = tuple(round(x / 255, 6) if max(values) > 1 else x for x in values)
     if re.search(r"(bgr_to_rgb|to_rgb)=False", text) and not re.search(r"(bgr_to_rgb|to_rgb)=True", text):
-        found = {"bgr": True} | {
-            k: v[::-1] for k, v in found.items()
-        }  # ours is RGB, and so are the weights once loaded
+        found = {k: v[::-1] for k, v in found.items()} | {"bgr": True}  # ours is RGB, as the weights once loaded
     return found
 
 

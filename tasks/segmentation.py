@@ -19,7 +19,8 @@ from torch import Tensor, nn
 
 from datamodules import ade20k, cityscapes, coco_stuff, lip
 from datamodules.drawing import write_text
-from datamodules.masks import IGNORE, Masked, distinct, resized
+from datamodules.mask_files import IGNORE, distinct, resized
+from datamodules.masks import Masked
 from datamodules.transforms import Array, DataError, read_upright
 from hrnet import PRESETS, HRNetConfig
 from hrnet.backbone import resolve

@@ -15,7 +15,8 @@ from datamodules.ade20k import Ade20k
 from datamodules.cityscapes import WEIGHTS, Cityscapes
 from datamodules.coco_stuff import CocoStuff
 from datamodules.lip import Lip
-from datamodules.masks import IGNORE, MaskAugmentation, read_mask
+from datamodules.mask_files import IGNORE, read_mask
+from datamodules.masks import MaskAugmentation
 from datamodules.pascal_context import PascalContext
 from datamodules.transforms import DataError
 from hrnet.inference import Protocol

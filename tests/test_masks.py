@@ -11,8 +11,9 @@ import pytest
 import torch
 from PIL import Image
 
+from datamodules.mask_files import distinct, read_mask
 from datamodules.mask_folder import MaskFolder, MaskPhotos, meaning
-from datamodules.masks import MaskAugmentation, MaskDataset, Masked, collate, distinct, read_mask
+from datamodules.masks import MaskAugmentation, MaskDataset, Masked, collate
 from datamodules.transforms import DataError
 from hrnet.losses import CrossEntropy
 
