@@ -46,6 +46,8 @@ class MaskAugmentation:
         brightness: probability of adding one number of -10 to 10 to all values (official, off in its recipes).
         colour: strength of jitter in brightness, contrast, saturation and hue, 0 to 1; not official, 0 is none.
         blur: probability of a slight Gaussian blur.
+        focus: probability that a crop is laid around a pixel of one of the image's classes, all as likely, so that
+            rare and small things are seen more often than they are; not official, 0 is any place.
     """
 
     scale: tuple[float, float] = (0.5, 2.1)
@@ -55,6 +57,7 @@ class MaskAugmentation:
     brightness: float = 0.0
     colour: float = 0.0
     blur: float = 0.0
+    focus: float = 0.0
 
     def factor(self, rng: np.random.Generator) -> float:
         low, high = self.scale
@@ -144,8 +147,10 @@ class MaskDataset(Dataset):
         scaled = np.array([width, height]) * factor
         target = np.array([self.size[1], self.size[0]])
         # Where the image is smaller it is padded at the right and below, as officially.
-        offset = np.floor(rng.random(2) * (np.maximum(scaled - target, 0) + 1))
-        offset = np.minimum(offset, np.maximum(scaled - target, 0))
+        room = np.maximum(scaled - target, 0)
+        offset = np.minimum(np.floor(rng.random(2) * (room + 1)), room)
+        if rng.random() < augment.focus and (pixel := pixel_of_any_class(mask, rng)) is not None:
+            offset = np.clip(np.floor(pixel * factor - rng.random(2) * target), 0, room)
         matrix = np.array([[factor, 0.0, factor / 2 - 0.5 - offset[0]], [0.0, factor, factor / 2 - 0.5 - offset[1]]])
         if augment.rotation:
             angle = rng.uniform(-augment.rotation, augment.rotation)
@@ -166,6 +171,16 @@ class MaskDataset(Dataset):
             self.look.set_random_seed(int(rng.integers(2**31)))
             image = self.look(image=image)["image"]
         return image, mask
+
+
+def pixel_of_any_class(mask: Array, rng: np.random.Generator) -> Array | None:
+    """(x, y) of a random pixel of a random class of `mask`; None if all is ignored."""
+    present = np.flatnonzero(cv2.calcHist([mask], [0], None, [256], [0, 256]).ravel()[:IGNORE])
+    if not len(present):
+        return None
+    pixels = np.flatnonzero(mask == rng.choice(present))
+    y, x = divmod(int(rng.choice(pixels)), mask.shape[1])
+    return np.array([x, y])
 
 
 class MaskData(DataModule):

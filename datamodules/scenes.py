@@ -17,7 +17,7 @@ from numpy.typing import ArrayLike
 from datamodules import figures
 from datamodules.figures import SCALE, Canvas, Person, colour
 
-VERSION = 1  # bump whenever the same (seed, index) gives another scene
+VERSION = 2  # bump whenever the same (seed, index) gives another scene
 
 KEYPOINTS = [
     "nose", "left_eye", "right_eye", "left_ear", "right_ear", "left_shoulder", "right_shoulder",
@@ -38,10 +38,16 @@ LAYERS = {  # from top to bottom: what is seen, its mean RGB
     "field": [("sky", (130, 180, 230)), ("grass", (85, 140, 60))],
     "beach": [("sky", (160, 205, 240)), ("water", (50, 125, 165)), ("sand", (220, 195, 145))],
 }
+COLOURS = {  # ranges of saturation, value and hue: things have a usual colour, though clutter may have it too
+    "ball": ((0.6, 1.0), (0.5, 0.95), (0.93, 1.01)),
+    "box": ((0.4, 0.65), (0.4, 0.7), (0.05, 0.1)),
+    "cone": ((0.85, 1.0), (0.85, 1.0), (0.04, 0.09)),
+    "star": ((0.65, 1.0), (0.8, 1.0), (0.13, 0.18)),
+}
 SQUARE = np.array([[-1, -1], [1, -1], [1, 1], [-1, 1]])
 Thing = tuple[Person | int, Callable]  # posed person or category id; call with canvas, owner
 MIN_KEYPOINTS = 6  # visible ones of a labelled person
-MIN_AREA = 0.0006  # visible part of a labelled instance, as share of the picture
+MIN_AREA = 0.0015  # visible part of a labelled instance, as share of the picture
 
 
 @dataclass
@@ -255,7 +261,7 @@ def _arrange(rng: Generator, size: tuple[int, int], horizon: float) -> list[Thin
     for _ in range(rng.integers(2, 6)):
         category = int(rng.integers(2, len(CLASSES) + 1))
         at = rng.uniform((0, horizon - 10), (width, 0.97 * height))
-        radius = rng.uniform(0.035, 0.09) * height * (0.5 + 0.5 * at[1] / height)
+        radius = rng.uniform(0.06, 0.12) * height * (0.5 + 0.5 * at[1] / height)
         function = partial(_paint_object, category, at, radius, int(rng.integers(1 << 62)))
         things.append((at[1] + radius, category, function))
     return [thing[1:] for thing in sorted(things, key=lambda thing: thing[0])]
@@ -274,13 +280,13 @@ def _paint_person(person: Person, looks: int, canvas: Canvas, owner: int) -> Non
 
 def _paint_object(category: int, at: np.ndarray, radius: float, looks: int, canvas: Canvas, owner: int) -> None:
     rng = np.random.default_rng(looks)
-    body, trim = colour(rng), colour(rng, (0, 0.9), (0.2, 1))
+    name = CLASSES[category - 1]
+    body, trim = colour(rng, *COLOURS.get(name, ())), colour(rng, (0, 0.9), (0.2, 1))
     turn = _turn(rng.normal(0, 0.15))
 
     def shape(points: ArrayLike, fill: figures.Colour) -> None:
         canvas.polygon(at + radius * np.asarray(points) @ turn, fill, owner)
 
-    name = CLASSES[category - 1]
     if name == "ball":
         shape(figures.CIRCLE, 0.2 * body)
         shape(0.9 * figures.CIRCLE, body)

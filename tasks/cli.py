@@ -29,16 +29,10 @@ from hrnet import HRNetConfig
 from hrnet.backbone import resolve
 from hrnet.checkpoints import WeightsError, config_of, is_source, read, summary
 from hrnet.weights import InitFrom
+from tasks.arguments import CONFIGS, SettingError, asked, spelled_out, whole_numbers, with_default_data
 from tasks.base import Task, plain
 from tasks.export import main as export
 from tasks.export import run_by, settings
-
-CONFIGS = Path(__file__).resolve().parent.parent / "configs"
-
-
-class SettingError(ValueError):
-    """A setting that the part it is for does not accept."""
-
 
 REFUSALS = (DataError, WeightsError, SettingError, OSError)
 """What ends a run with one message instead of a traceback."""
@@ -264,65 +258,12 @@ def network(backbone: Any) -> HRNetConfig:
     return resolve(backbone if isinstance(backbone, str | HRNetConfig) else dict(backbone))
 
 
-def asked(name: str) -> bool:
-    """Whether a setting, or a part of it, was given on the command line or in a file named there that is not ours."""
-    dotted = [f"--{name}", f"--{name}".replace("data.", "data.init_args.", 1)]
-    if any(a.split("=")[0] == d or a.startswith(f"{d}.") for a in sys.argv[1:] for d in dotted):
-        return True
-    for path in configurations(sys.argv[1:]):
-        found = {} if path.is_relative_to(CONFIGS) else yaml.safe_load(path.read_text()) or {}
-        for part in name.split("."):
-            found = found.get("init_args", found) if isinstance(found, dict) else {}
-            found = found.get(part, {}) if isinstance(found, dict) else {}
-        if found != {}:
-            return True
-    return False
-
-
-def configurations(args: list[str]) -> list[Path]:
-    """The files given by `-c` or `--config`."""
-    found = [b for a, b in zip(args, args[1:], strict=False) if a in ("-c", "--config")]
-    found += [a.split("=", 1)[1] for a in args if a.startswith(("--config=", "-c="))]
-    return [Path(path).resolve() for path in found]
-
-
-def whole_numbers(args: list[str]) -> dict[str, int]:
-    """Trainer limits given as whole numbers, such as `--trainer.limit_val_batches 1`."""
-    pairs = [a.split("=", 1) for a in args if "=" in a] + [[*p] for p in zip(args, args[1:], strict=False)]
-    named = {a.removeprefix("--trainer."): b for a, b in pairs if a.startswith("--trainer.limit_")}
-    return {name: int(value) for name, value in named.items() if value.isdecimal()}
-
-
-def spelled_out(args: list[str]) -> list[str]:
-    """`args` with `--model.init_from.path` for `--model.init_from`: the parser would read a text file as its value."""
-    found = ["--model.init_from.path=" + a.split("=", 1)[1] if a.startswith("--model.init_from=") else a for a in args]
-    return ["--model.init_from.path" if a == "--model.init_from" else a for a in found]
-
-
 def discard(folder: Path | None) -> None:
     """Remove the folder of a run that ended before it had anything to show."""
     if folder is not None and folder.is_dir():
         left = {p.name for p in folder.rglob("*") if p.is_file()}
         if left <= {"config.yaml", "hparams.yaml", "metrics.csv"}:
             shutil.rmtree(folder)
-
-
-def with_default_data(task: str, args: list[str]) -> list[str]:
-    """`args` with the embedded data's configuration (to predict: the pictures') before them, if they name no data."""
-    if not args or args[0].startswith("-") or any(a == "--data" or a.startswith("--data=") for a in args):
-        return args
-    for path in configurations(args):
-        if not path.is_file():
-            continue  # the parser says so
-        try:
-            if "data" in (yaml.safe_load(path.read_text()) or {}):
-                return args
-        except yaml.YAMLError as error:
-            raise SettingError(f"{path}: not valid YAML: {error}") from None
-    if args[0] == "predict" and not any(a.startswith(("--data.path", "-h", "--help", "--print")) for a in args):
-        raise SettingError("say what to predict on: --data.path FOLDER (or a picture, a pattern, a list, a video)")
-    default = CONFIGS / task / ("predict.yaml" if args[0] == "predict" else "rendered.yaml")
-    return [args[0], "--config", str(default), *args[1:]]
 
 
 def quieten() -> None:

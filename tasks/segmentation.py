@@ -57,7 +57,9 @@ class Segmentation(Task):
         evaluation: how images are looked at in evaluation and prediction; by default once, as a whole.
         num_classes, class_names, palette, class_weights, flip_pairs: facts of the data (linked on the command line).
         eval_size: to which the data resize pictures in evaluation, so that a checkpoint knows.
-        init, optimizer, lr_scheduler, lr_interval, init_from, mean, std, channels_last: see `Task`.
+        init: of backbone and head. The official "normal" (std 0.001) is for networks that start from ImageNet weights;
+            from scratch "kaiming" learns much faster.
+        optimizer, lr_scheduler, lr_interval, init_from, mean, std, channels_last: see `Task`.
     """
 
     heads = ("segmentation", "segmentation with OCR", "pose")  # the last: HRNetV1
@@ -107,6 +109,10 @@ class Segmentation(Task):
         self.head = head(self.backbone.channels, num_classes)
         if hasattr(self.head, "align_corners"):
             self.head.align_corners = align_corners  # type: ignore[assignment]
+        if init == "kaiming":
+            for module in self.head.modules():
+                if isinstance(module, nn.Conv2d):  # by fan-in: few classes by fan-out would have large first logits
+                    nn.init.kaiming_normal_(module.weight, nonlinearity="relu")
         for module in self.head.modules():
             if isinstance(module, nn.BatchNorm2d):
                 module.momentum = network.bn_momentum

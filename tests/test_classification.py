@@ -15,8 +15,8 @@ from datamodules.rendered import RenderedLabels
 from hrnet import PRESETS, HRNet, HRNetConfig, checkpoints
 from hrnet.checkpoints import WeightsError
 from hrnet.weights import InitFrom
+from tasks.arguments import CONFIGS
 from tasks.classification import Classification
-from tasks.cli import CONFIGS
 from tasks.schedules import WarmupCosine
 
 TINY = HRNetConfig(8, modules=(1, 1, 1), blocks=1, stem=(1, 16))

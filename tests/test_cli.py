@@ -21,7 +21,7 @@ from pycocotools.cocoeval import COCOeval
 from hrnet import HRNetConfig
 from hrnet.codecs import Heatmap
 from hrnet.dialects import to_dialect
-from tasks.cli import CONFIGS, with_default_data
+from tasks.arguments import CONFIGS, with_default_data
 from tasks.pose import Pose
 
 LONG = ["--trainer.max_epochs=1", "--trainer.limit_train_batches=2", "--trainer.log_every_n_steps=1"]

@@ -27,7 +27,8 @@ from datamodules.pascal_context import PascalContext
 from hrnet import PRESETS, HRNetConfig
 from hrnet.heads import OCR, HRNetV2
 from hrnet.losses import OHEM, CrossEntropy
-from tasks.cli import CONFIGS, main
+from tasks.arguments import CONFIGS
+from tasks.cli import main
 
 OVERLAYS = ("logging", "experiments")
 NOT_ALONE = ("default.yaml", "predict.yaml")  # layers below or beside the others; tests/test_cli.py uses them
