@@ -10,7 +10,7 @@ import cv2
 import lightning as L
 import numpy as np
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint
-from lightning.pytorch.loggers import TensorBoardLogger, WandbLogger
+from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger, WandbLogger
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
@@ -61,9 +61,10 @@ class Pictures(Callback):
     @rank_zero_only
     def put(self, trainer: L.Trainer, picture: Any, name: str, key: str) -> None:
         """Beside the checkpoints, and to every logger that shows pictures."""
-        if trainer.fast_dev_run or trainer.log_dir is None:  # type: ignore[attr-defined]
+        folder = folder_of(trainer)
+        if trainer.fast_dev_run or folder is None:  # type: ignore[attr-defined]
             return
-        folder = Path(trainer.log_dir) / "pictures"
+        folder = folder / "pictures"
         folder.mkdir(parents=True, exist_ok=True)
         write_image(str(folder / f"{name}.jpg"), picture)
         for logger in trainer.loggers:
@@ -95,8 +96,9 @@ class Predictions(Callback):
         for part in metric.modules():
             if hasattr(part, "results"):
                 results = part.results()  # by all processes
-                if trainer.is_global_zero and trainer.log_dir is not None:
-                    path = Path(trainer.log_dir) / "predictions" / f"{split}.json"
+                folder = folder_of(trainer)
+                if trainer.is_global_zero and folder is not None:
+                    path = folder / "predictions" / f"{split}.json"
                     path.parent.mkdir(parents=True, exist_ok=True)
                     path.write_text(json.dumps(results))
                     print(f"\n{len(results)} poses in COCO's results format: {path}", flush=True)
@@ -104,8 +106,9 @@ class Predictions(Callback):
     def on_predict_start(self, trainer: L.Trainer, task: Any) -> None:
         self.dataset = trainer.datamodule.datasets["predict"]  # type: ignore[attr-defined]
         self.metric = task.collector(self.dataset.instances)
-        if hasattr(self.metric, "folder") and trainer.log_dir is not None:  # what writes as it goes
-            self.metric.folder = Path(trainer.log_dir) / "predictions"
+        folder = trainer.log_dir  # told to all processes
+        if hasattr(self.metric, "folder") and folder is not None:  # what writes as it goes
+            self.metric.folder = Path(folder) / "predictions"
 
     def on_predict_batch_end(
         self, trainer: L.Trainer, task: Any, outputs: Any, batch: Any, index: int, loader: int = 0
@@ -114,9 +117,10 @@ class Predictions(Callback):
 
     def on_predict_end(self, trainer: L.Trainer, task: Any) -> None:
         results = self.metric.results()
-        if not trainer.is_global_zero or trainer.log_dir is None:
+        folder = folder_of(trainer)
+        if not trainer.is_global_zero or folder is None:
             return
-        folder = Path(trainer.log_dir) / "predictions"
+        folder = folder / "predictions"
         folder.mkdir(parents=True, exist_ok=True)
         first = {instance.image_id: instance for instance in reversed(self.dataset.instances)}
         for item in results:
@@ -156,7 +160,8 @@ class Summary(Callback):
     def on_fit_end(self, trainer: L.Trainer, task: Any) -> None:
         checkpoints = [c for c in trainer.checkpoint_callbacks if isinstance(c, ModelCheckpoint)]
         best = next((c for c in checkpoints if c.monitor), None)
-        if not trainer.is_global_zero or trainer.fast_dev_run or trainer.log_dir is None:  # type: ignore[attr-defined]
+        folder = folder_of(trainer)
+        if not trainer.is_global_zero or trainer.fast_dev_run or folder is None:  # type: ignore[attr-defined]
             return
         which = "last"
         lines = ["", f"trained for {trainer.current_epoch} epochs, {trainer.global_step} steps"]
@@ -165,11 +170,20 @@ class Summary(Callback):
             which = "best"
             lines.append(f"best {best.monitor} {float(best.best_model_score):.4f}: {best.best_model_path}")
         lines += [
-            f"metrics:    {Path(trainer.log_dir) / 'metrics.csv'}",
-            f"pictures:   {Path(trainer.log_dir) / 'pictures'}",
+            f"metrics:    {folder / 'metrics.csv'}",
+            f"pictures:   {folder / 'pictures'}",
             f"try it:     python -m {type(task).__module__} predict --ckpt_path {which} --data.path YOUR_PHOTOS",
         ]
         print("\n".join(lines), flush=True)
+
+
+def folder_of(trainer: L.Trainer) -> Path | None:
+    """The run's folder, for the first process alone: `trainer.log_dir` is a broadcast and waits for all of them."""
+    if not trainer.loggers:
+        return None
+    logger = trainer.loggers[0]
+    folder = logger.log_dir if isinstance(logger, CSVLogger | TensorBoardLogger) else logger.save_dir
+    return None if folder is None else Path(folder)
 
 
 def numbers(trainer: L.Trainer, prefix: str) -> list[str]:

@@ -182,6 +182,27 @@ def test_colours_change_the_image_alone():
     assert len(np.unique(shift.astype(int) - COLOURS[label])) == 1
 
 
+@pytest.mark.parametrize("scale", [(1, 1), (0.5, 2)])
+def test_focus_lays_crops_around_rare_classes(scale):
+    label = np.zeros((300, 400), np.uint8)
+    label[250:254, 7:11], label[40:44, 380:384] = 1, 2  # near corners, and 16 pixels of 120,000 each
+    shares = []
+    for focus in (0.0, 1.0):
+        data = dataset((48, 64), MaskAugmentation(scale, step=0, focus=focus))
+        torch.manual_seed(0)
+        crops = [data.crop(COLOURS[label], label)[1] for _ in range(300)]
+        assert all(crop.shape == (48, 64) for crop in crops)
+        shares.append([np.mean([(crop == c).any() for crop in crops]) for c in (1, 2)])
+    assert max(shares[0]) < 0.15
+    assert min(shares[1]) > 0.25  # a third of the crops for each class
+
+
+def test_focus_where_nothing_counts():
+    label = np.full((100, 120), 255, np.uint8)
+    data = dataset((48, 64), MaskAugmentation(focus=1.0))
+    assert (data.crop(np.zeros((100, 120, 3), np.uint8), label)[1] == 255).all()
+
+
 def test_same_seed_same_crops():
     label, data = regions(), dataset(augmentation=MaskAugmentation(rotation=10, colour=0.5))
     runs = []

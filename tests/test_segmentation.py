@@ -32,14 +32,19 @@ TINY = HRNetConfig(8, modules=(1, 1, 1), blocks=1, stem=(1, 16))
 SmallOCR = partial(OCR, width=32, key=16)
 
 
-def build(seed=0, spread=True, **kwargs):
+def build(seed=0, **kwargs):
     """A task whose untrained network sees every class somewhere."""
     torch.manual_seed(seed)
-    task = Segmentation(**{"backbone": TINY, "num_classes": 5, "init": "kaiming", **kwargs})
-    for m in task.head.modules() if spread else ():
-        if isinstance(m, nn.Conv2d):
-            nn.init.normal_(m.weight, std=(2 / m.weight[0].numel()) ** 0.5)
-    return task.eval()
+    return Segmentation(**{"backbone": TINY, "num_classes": 5, "init": "kaiming", **kwargs}).eval()
+
+
+@pytest.mark.parametrize(("init", "low", "high"), [("normal", 0.0008, 0.0012), ("kaiming", 0.05, 0.3)])
+def test_init_is_of_backbone_and_head(init, low, high):
+    """The official std of 0.001, or by the number of inputs."""
+    task = build(init=init)
+    stds = [m.weight.std().item() for m in task.modules() if isinstance(m, nn.Conv2d) and m.weight.numel() > 2000]
+    stds.append(task.head.last_layer[-1].weight.std().item())
+    assert low < min(stds) <= max(stds) < high
 
 
 @pytest.fixture(scope="module")
@@ -473,7 +478,8 @@ def test_checkpoint_brings_all_of_it_along(ocr_run, data):
 
 def test_run_with_ohem_is_evaluated(ocr_run, call, options):
     path = ocr_run.folder / "checkpoints" / "last.ckpt"
-    run = call(ocr_run.folder.parents[2], "validate", *options, "--data.class_weights=median", f"--ckpt_path={path}")
+    facts = ["--data.class_weights=median", "--data.flip_pairs=[[1,2]]"]
+    run = call(ocr_run.folder.parents[2], "validate", *options, *facts, f"--ckpt_path={path}")
     assert run.model.pixel_loss == OHEM(0.7, 1000)
     assert run.numbers["val/mIoU"] == pytest.approx(ocr_run.numbers["val/mIoU"], rel=1e-4)
     assert run.numbers["val/loss"] == pytest.approx(ocr_run.numbers["val/loss"], rel=1e-4)

@@ -1,0 +1,45 @@
+"""Runs of two processes, as a shell starts them: they end, and their numbers are those of one."""
+
+import csv
+import subprocess
+import sys
+
+import pytest
+
+from datamodules.rendered import write
+from datamodules.scenes import VERSION
+from tasks.segmentation import Segmentation
+
+TWO = ["--trainer.devices=2", "--trainer.strategy=ddp"]
+BACKBONE = "--model.backbone={width: 8, modules: [1, 1, 1], blocks: 1, stem: [1, 16]}"
+COUNTS = {"train": 8, "val": 7}  # two processes see one of seven twice
+
+
+@pytest.fixture(scope="module")
+def options(small, tmp_path_factory):
+    root = tmp_path_factory.mktemp("seven")
+    for seed, (split, count) in enumerate(COUNTS.items()):
+        write(root / f"v{VERSION}-240x320-8+7-seed0", split, count, seed, workers=0)
+    counts = [f"--data.{split}={count}" for split, count in COUNTS.items()]
+    return [*small, f"--data.root={root}", *counts, "--data.eval_batch_size=2", "--trainer.max_epochs=1"]
+
+
+def numbers(folder):
+    """The last line of every column of a run's `metrics.csv`."""
+    with (folder / "metrics.csv").open() as file:
+        return {k: v for row in csv.DictReader(file) for k, v in row.items() if v}
+
+
+def test_two_processes_fit_and_count_every_picture_once(options, cli, tmp_path):
+    command = [sys.executable, "-m", "tasks.segmentation", "fit", *options, BACKBONE, *TWO]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
+    folder = tmp_path / "runs/segmentation/version_0"
+    assert (folder / "pictures/epoch_000.jpg").is_file()
+    assert f"{folder.relative_to(tmp_path)}/metrics.csv" in done.stdout
+    path = folder / "checkpoints/last.ckpt"
+    alone = cli(tmp_path, "validate", *options, f"--ckpt_path={path}", task=Segmentation)
+    both, one = numbers(folder), numbers(alone.folder)
+    judged = {k for k in one if k.startswith("val/") and k != "val/loss"}  # the loss is Lightning's mean of two means
+    assert len(judged) > 10
+    assert {k: both[k] for k in judged} == {k: one[k] for k in judged}
