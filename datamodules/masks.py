@@ -227,6 +227,8 @@ class MaskData(DataModule):
         self.num_classes = len(self.class_names)
         if len(set(self.class_names)) < self.num_classes:
             raise DataError(f"two classes have the same name: {sorted(self.class_names)}")
+        if min(size) < 32:
+            raise DataError(f"size is (H, W) of training crops in pixels, at least 32 each, got {list(size)}")
         self.palette = [list(map(int, c)) for c in palette] if palette else distinct(self.num_classes)
         self.size, self.base, self.augmentation, self.eval_size = size, base, augmentation, eval_size
         self.flip_pairs = [list(map(int, pair)) for pair in flip_pairs]

@@ -197,6 +197,12 @@ def test_focus_lays_crops_around_rare_classes(scale):
     assert min(shares[1]) > 0.25  # a third of the crops for each class
 
 
+def test_crops_that_no_network_takes_are_refused(tmp_path):
+    folder(tmp_path)
+    with pytest.raises(DataError, match="at least 32"):
+        MaskFolder(str(tmp_path), ["a", "b", "c", "d"], size=(16, 64))
+
+
 def test_focus_where_nothing_counts():
     label = np.full((100, 120), 255, np.uint8)
     data = dataset((48, 64), MaskAugmentation(focus=1.0))
