@@ -1,0 +1,181 @@
+"""Two-stage detectors on the HRNetV2p pyramid: Faster, Mask and Cascade R-CNN, of torchvision's parts."""
+
+from collections import OrderedDict
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torchvision.models.detection.anchor_utils import AnchorGenerator
+from torchvision.models.detection.faster_rcnn import FastRCNNPredictor, TwoMLPHead
+from torchvision.models.detection.image_list import ImageList
+from torchvision.models.detection.mask_rcnn import MaskRCNNHeads, MaskRCNNPredictor
+from torchvision.models.detection.roi_heads import RoIHeads, maskrcnn_inference, maskrcnn_loss
+from torchvision.models.detection.rpn import RegionProposalNetwork, RPNHead
+from torchvision.ops import MultiScaleRoIAlign, clip_boxes_to_image
+
+from hrnet.heads import HRNetV2p
+
+CASCADE = (
+    (0.5, (10.0, 10.0, 5.0, 5.0), 1.0),
+    (0.6, (20.0, 20.0, 10.0, 10.0), 0.5),
+    (0.7, (30.0, 30.0, 15.0, 15.0), 0.25),
+)
+"""Of every stage: overlap from which a proposal is an object, weights of the box code, weight of its losses."""
+
+
+class Proposals(RPNHead):
+    """torchvision's, in fp32 under mixed precision: boxes are decoded in its outputs' kind, and bf16 has 8 bits."""
+
+    def forward(self, x: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
+        logits, deltas = super().forward(x)
+        return [y.float() for y in logits], [y.float() for y in deltas]
+
+
+class RCNN(nn.Module):
+    """Faster R-CNN, and with `masks` Mask R-CNN; with `cascade` each in three stages of rising overlap.
+
+    Settings that have no field are the official ones (det/configs/hrnet): proposals by overlap 0.7 / 0.3, 256 sampled,
+    2,000 kept; 512 of them sampled in each stage, a quarter of them objects; RoIAlign 7x7 (masks 14x14) of strides 4 to
+    32, two layers of `width`.
+
+    Args:
+        channels: of the backbone's four maps.
+        num_classes: without a background.
+        masks: whether to segment the instances too.
+        cascade: three stages (0.5, 0.6, 0.7) with class-agnostic boxes instead of one (arXiv 1712.00726).
+        anchors: size of the anchors on the finest level, pixels; each of the five levels doubles it.
+        pool: of the pyramid, see `HRNetV2p`.
+        pyramid, width: channels of the pyramid, and of the box heads.
+        score, nms, detections: least score, overlap of suppression, and number of what is put out.
+    """
+
+    maps = 4
+
+    def __init__(
+        self,
+        channels: list[int],
+        num_classes: int,
+        masks: bool = False,
+        cascade: bool = False,
+        anchors: float = 32.0,
+        pool: Literal["average", "max"] = "average",
+        pyramid: int = 256,
+        width: int = 1024,
+        score: float = 0.05,
+        nms: float = 0.5,
+        detections: int = 100,
+    ) -> None:
+        super().__init__()
+        self.neck = HRNetV2p(channels, pyramid, pool=pool)
+        self.classes = num_classes
+        sizes = tuple((int(anchors * 2**i),) for i in range(5))
+        generator = AnchorGenerator(sizes, ((0.5, 1.0, 2.0),) * 5)
+        proposals = {"training": 2000, "testing": 2000}
+        self.rpn = RegionProposalNetwork(
+            generator, Proposals(pyramid, 3), 0.7, 0.3, 256, 0.5, proposals, proposals, 0.7, score_thresh=0.0
+        )
+        names = ["0", "1", "2", "3"]
+        self.cascade = cascade
+        self.stages = nn.ModuleList()
+        self.weights = []
+        for overlap, code, weight in CASCADE if cascade else CASCADE[:1]:
+            predictor = FastRCNNPredictor(width, num_classes + 1)
+            if cascade:
+                predictor.bbox_pred = nn.Linear(width, 4)
+            head = TwoMLPHead(pyramid * 49, width)
+            pooler = MultiScaleRoIAlign(names, 7, 2)
+            last = (score, nms, detections)
+            self.stages.append(RoIHeads(pooler, head, predictor, overlap, overlap, 512, 0.25, code, *last))
+            self.weights.append(weight)
+        if masks:
+            self.mask_pool = MultiScaleRoIAlign(names, 14, 2)
+            self.mask_head = MaskRCNNHeads(pyramid, (256,) * 4, 1)
+            self.mask_predictor = MaskRCNNPredictor(256, 256, num_classes)
+        self.masks = masks
+
+    def loss(self, maps: list[Tensor], batch: Any) -> dict[str, Tensor]:
+        """Named losses of a batch of boxes (`datamodules.boxes.BoxBatch`), in training mode."""
+        features, images = self.pyramid(maps), image_list(batch)
+        targets = [{"boxes": b, "labels": x + 1} for b, x in zip(batch["boxes"], batch["labels"], strict=True)]
+        proposals, found = self.rpn(images, features, targets)
+        losses = {"objectness": found["loss_objectness"], "proposal": found["loss_rpn_box_reg"]}
+        kept: Any = None
+        for i, (stage, weight) in enumerate(zip(self.stages, self.weights, strict=True)):
+            name = f"_{i + 1}" if self.cascade else ""
+            proposals, matched, labels, goals = stage.select_training_samples(proposals, targets)  # type: ignore[operator]
+            kept = kept or (proposals, matched, labels)
+            logits, deltas = self.look(stage, features, proposals, images.image_sizes)
+            label, goal = torch.cat(labels), torch.cat(goals)
+            losses[f"class{name}"] = weight * F.cross_entropy(logits, label)
+            object_ = torch.where(label > 0)[0]
+            chosen = deltas[object_, 0 if self.cascade else label[object_]]
+            box = F.smooth_l1_loss(chosen, goal[object_], beta=1.0, reduction="sum") / max(1, label.numel())
+            losses[f"box{name}"] = weight * box
+            if i + 1 < len(self.stages):
+                proposals = self.refined(stage, deltas, proposals, images.image_sizes)
+        if self.masks:
+            losses["mask"] = self.mask_loss(features, images.image_sizes, batch, *kept)
+        return losses
+
+    def detect(self, maps: list[Tensor], batch: Any) -> list[dict[str, Tensor]]:
+        """Of every image, in evaluation mode: `boxes` `[N, 4]` x0, y0, x1, y1 in pixels of the batch, `labels` `[N]`,
+        `scores` `[N]`, and `masks` `[N, 28, 28]`, probabilities over each box, if it has a mask head."""
+        features, images = self.pyramid(maps), image_list(batch)
+        sizes = images.image_sizes
+        proposals, _ = self.rpn(images, features)
+        scores: Tensor | None = None
+        for i, stage in enumerate(self.stages):
+            logits, deltas = self.look(stage, features, proposals, sizes)
+            part = logits.softmax(-1)
+            scores = part if scores is None else scores + part
+            if i + 1 < len(self.stages):
+                proposals = self.refined(stage, deltas, proposals, sizes)
+        assert scores is not None
+        every = deltas.expand(-1, self.classes + 1, -1) if self.cascade else deltas
+        average = (scores / len(self.stages)).clamp(min=1e-12).log()  # the last stage takes the softmax of it
+        found = self.stages[-1].postprocess_detections(average, every.flatten(1), proposals, sizes)  # type: ignore[operator]
+        results = [{"boxes": b, "scores": s, "labels": x - 1} for b, s, x in zip(*found, strict=True)]
+        if self.masks:
+            x = self.mask_predictor(self.mask_head(self.mask_pool(features, found[0], sizes)))
+            masks = maskrcnn_inference(x.float(), [r["labels"] for r in results])
+            for result, mask in zip(results, masks, strict=True):
+                result["masks"] = mask[:, 0]
+        return results
+
+    def pyramid(self, maps: list[Tensor]) -> OrderedDict[str, Tensor]:
+        return OrderedDict((str(i), x.float()) for i, x in enumerate(self.neck(maps)))
+
+    def look(self, stage: nn.Module, features: Any, boxes: list[Tensor], sizes: Any) -> tuple[Tensor, Tensor]:
+        """Logits `[N, C + 1]` and box codes `[N, C + 1 or 1, 4]` of all boxes, fp32."""
+        x = stage.box_head(stage.box_roi_pool(features, boxes, sizes))  # type: ignore[operator]
+        logits, deltas = stage.box_predictor(x)  # type: ignore[operator]
+        return logits.float(), deltas.float().unflatten(1, (-1, 4))
+
+    def refined(self, stage: nn.Module, deltas: Tensor, boxes: list[Tensor], sizes: Any) -> list[Tensor]:
+        """The next stage's proposals."""
+        moved = stage.box_coder.decode(deltas.detach().flatten(1), boxes)[:, 0]  # type: ignore[operator, union-attr]
+        parts = moved.split([len(b) for b in boxes])
+        return [clip_boxes_to_image(part, size) for part, size in zip(parts, sizes, strict=True)]
+
+    def mask_loss(
+        self,
+        features: Any,
+        sizes: Any,
+        batch: Any,
+        proposals: list[Tensor],
+        matched: list[Tensor],
+        labels: list[Tensor],
+    ) -> Tensor:
+        """Of the first stage's objects."""
+        where = [torch.where(label > 0)[0] for label in labels]
+        boxes = [b[i] for b, i in zip(proposals, where, strict=True)]
+        of = [m[i] for m, i in zip(matched, where, strict=True)]
+        logits = self.mask_predictor(self.mask_head(self.mask_pool(features, boxes, sizes)))
+        truth = [label - 1 for label in batch["labels"]]
+        return maskrcnn_loss(logits.float(), boxes, batch["masks"], truth, of)
+
+
+def image_list(batch: Any) -> ImageList:
+    """What torchvision's parts want to know of the images: the padded batch, and the size of each without padding."""
+    return ImageList(batch["image"], [(int(h), int(w)) for h, w in batch["size"].tolist()])
