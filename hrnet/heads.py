@@ -188,7 +188,7 @@ class HRNetV2p(nn.Module):
                 nn.init.zeros_(m.bias)  # type: ignore[arg-type]
 
     def forward(self, maps: list[Tensor]) -> list[Tensor]:
-        x = self.reduction_conv(concatenate(maps, align_corners=False))
+        x = mixed(self.reduction_conv[0], maps, align_corners=False)  # type: ignore[arg-type]
         # The official floor, but for maps smaller than the window, which it would leave empty.
         small = min(x.shape[-2:])
         levels = [x, *(self.pool(x, 2**i, ceil_mode=small < 2**i) for i in range(1, len(self.fpn_conv)))]
@@ -238,8 +238,8 @@ class Classification(nn.Module):
 
 
 def mixed(conv: nn.Conv2d, maps: list[Tensor], align_corners: bool) -> Tensor:
-    """The 1x1 convolution of all maps brought to the finest. Where arithmetic is dear it goes before the up-sampling,
-    with which it commutes: an eighth of the multiply-adds, but more memory traffic, which is dear on GPUs."""
+    """A 1x1 convolution of all maps brought to the finest. On the CPU it goes before the up-sampling, with which it
+    commutes: an eighth of the multiply-adds for more memory traffic, which a GPU has less to spare of."""
     if maps[0].device.type != "cpu":
         return conv(concatenate(maps, align_corners))
     parts = conv.weight.split([x.shape[1] for x in maps], dim=1)

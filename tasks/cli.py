@@ -74,9 +74,9 @@ class CLI(LightningCLI):
         config.trainer.default_root_dir = str(config.trainer.default_root_dir or "runs")
         if config.trainer.precision is None:
             config.trainer.precision = "bf16-mixed" if fast_bf16() else "32-true"
-        if config.trainer.max_epochs and config.trainer.check_val_every_n_epoch:  # a shorter run, at its end
-            every = min(config.trainer.check_val_every_n_epoch, max(1, config.trainer.max_epochs))
-            config.trainer.check_val_every_n_epoch = every
+        epochs, every = config.trainer.max_epochs, config.trainer.check_val_every_n_epoch
+        if epochs and every and 0 < epochs < every:  # too short a run is validated at its end, not never
+            config.trainer.check_val_every_n_epoch = epochs
         root = Path(config.trainer.default_root_dir) / self.task
         if config.get("ckpt_path") in ("last", "best"):
             config.ckpt_path = str(find_checkpoint(root, config.ckpt_path))

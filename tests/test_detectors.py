@@ -40,7 +40,7 @@ def make(kind, seed=0):
     [("w18", 12_582_036, 30.1, 55.1), ("w32", 32_379_072, 49.9, 74.9)],
 )
 def test_published_sizes(preset, neck, mask, cascade):
-    """Millions of Mask and of Cascade R-CNN, paper tables 8 and 9."""
+    """Of backbone and neck; millions of Mask and of Cascade R-CNN as the paper counts them."""
     backbone = HRNet(preset)
     assert parameters(backbone, RCNN(backbone.channels, 80).neck) == neck
     assert round(parameters(backbone, RCNN(backbone.channels, 80, masks=True)) / 1e6, 1) == mask

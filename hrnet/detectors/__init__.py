@@ -1,1 +1,1 @@
-"""Detectors on the HRNetV2p pyramid; each a class of a file here, chosen by `detector:`."""
+"""Detectors on the HRNetV2p pyramid, each with `loss(maps, batch)` and `detect(maps, batch)`."""

@@ -95,7 +95,13 @@ class RCNN(nn.Module):
         self.masks = masks
 
     def loss(self, maps: list[Tensor], batch: Any) -> dict[str, Tensor]:
-        """Named losses of a batch of boxes (`datamodules.boxes.BoxBatch`), in training mode."""
+        """Named losses, in training mode.
+
+        Args:
+            maps: of the backbone. batch: `image` `[B, 3, H, W]`, of which the shape is read; `size` `[B, 2]`, (h, w) of
+                each image without padding; `boxes`, B times float `[N, 4]`, x0, y0, x1, y1 in pixels; `labels`, B times
+                Long `[N]`, 0 to num_classes - 1; with a mask head `masks`, B times uint8 `[N, H, W]`.
+        """
         features, images = self.pyramid(maps), image_list(batch)
         targets = [{"boxes": b, "labels": x + 1} for b, x in zip(batch["boxes"], batch["labels"], strict=True)]
         proposals, found = self.rpn(images, features, targets)
