@@ -70,3 +70,33 @@ def write_image(path: str, image: np.ndarray) -> None:
     """Write RGB uint8 `[H, W, 3]`; OpenCV's silent failures become an OSError."""
     if not cv2.imwrite(path, cv2.cvtColor(image, cv2.COLOR_RGB2BGR)):
         raise OSError(f"{path}: cannot write the picture")
+
+
+def draw_boxes(
+    image: np.ndarray,
+    boxes: np.ndarray,
+    colours: Sequence[Sequence[int]],
+    texts: Sequence[str],
+    masks: Sequence[np.ndarray] | None = None,
+) -> np.ndarray:
+    """A copy of `image` (RGB uint8 `[H, W, 3]`) with boxes `[N, 4]` (x0, y0, x1, y1 in pixels), a text over each, and
+    masks `[H, W]` half covering it."""
+    canvas = np.ascontiguousarray(image).copy()
+    for mask, colour in zip(masks or (), colours, strict=False):
+        inside = mask.astype(bool)
+        canvas[inside] = canvas[inside] // 2 + np.array(colour, np.uint8) // 2
+    size = max(1.0, max(image.shape[:2]) / 800)
+    for box, colour, text in zip(boxes, colours, texts, strict=True):
+        x0, y0, x1, y1 = (round(float(v)) for v in box)
+        cv2.rectangle(canvas, (x0, y0), (x1 - 1, y1 - 1), [int(c) for c in colour], max(1, round(size)))
+        write_text(canvas, text, (x0 + 2, y0 + 12 * size if y0 < 14 * size else y0 - 3), 0.8 * size)
+    return canvas
+
+
+def fitted(image: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+    """`image` made smaller where need be, and filled up with black to `size` (H, W)."""
+    factor = min(1.0, size[0] / image.shape[0], size[1] / image.shape[1])
+    small = cv2.resize(image, None, fx=factor, fy=factor, interpolation=cv2.INTER_AREA) if factor < 1 else image
+    canvas = np.zeros((*size, 3), np.uint8)
+    canvas[: small.shape[0], : small.shape[1]] = small[: size[0], : size[1]]
+    return canvas

@@ -84,13 +84,8 @@ class Images(KeypointData):
 
     def _find(self) -> None:
         paths = [self.path] if isinstance(self.path, str) else self.path
-        files = sorted({Path(os.path.abspath(file)) for path in paths for file in files_of(path)})
-        if not files:
-            raise DataError(f"{self.path}: no image found (of {', '.join(sorted(IMAGES))}); a video is given by itself")
-        if any(file.suffix.lower() in VIDEOS for file in files):
-            if len(files) > 1:
-                raise DataError(f"{self.path}: a video goes alone; predict on one after the other")
-            self.video = Video(files[0])
+        files, self.video = found_in(self.path)
+        if self.video is not None:
             self.workers = min(self.workers, 1)  # every worker would decode the whole: four are half as fast as one
             self.files = dict.fromkeys(range(len(self.video)), files[0])
             self.names = {i: f"frame_{i:06d}" for i in self.files}
@@ -98,10 +93,7 @@ class Images(KeypointData):
         folder = Path(paths[0]).expanduser()
         if len(paths) > 1 or not folder.is_dir():
             folder = Path(os.path.commonpath([file.parent for file in files]))
-        numbers = [int(file.stem) for file in files if file.stem.isascii() and file.stem.isdecimal()]
-        if len(set(numbers)) < len(files):
-            numbers = list(range(1, len(files) + 1))
-        self.files = dict(zip(numbers, files, strict=True))
+        self.files = dict(zip(ids_of(files), files, strict=True))
         self.names = {i: Path(os.path.relpath(file, folder)).as_posix() for i, file in self.files.items()}
 
     def image(self, image_id: int) -> NDArray[np.uint8]:
@@ -187,6 +179,30 @@ class Images(KeypointData):
                 f"change category_id ({self.category_id})"
             )
         return sorted(found, key=lambda instance: instance.image_id)  # a video is read in order
+
+
+def found_in(path: str | list[str]) -> tuple[list[Path], Video | None]:
+    """The pictures, in sorted order, or the one video (its file, and itself) that `path` or paths stand for.
+
+    Raises:
+        DataError: if there is none, or a video among others.
+    """
+    files = sorted(
+        {Path(os.path.abspath(file)) for p in ([path] if isinstance(path, str) else path) for file in files_of(p)}
+    )
+    if not files:
+        raise DataError(f"{path}: no image found (of {', '.join(sorted(IMAGES))}); a video is given by itself")
+    if not any(file.suffix.lower() in VIDEOS for file in files):
+        return files, None
+    if len(files) > 1:
+        raise DataError(f"{path}: a video goes alone; predict on one after the other")
+    return files, Video(files[0])
+
+
+def ids_of(files: list[Path]) -> list[int]:
+    """The numbers that the files' names consist of, if all do and differ (000000000785.jpg); else from 1."""
+    numbers = [int(file.stem) for file in files if file.stem.isascii() and file.stem.isdecimal()]
+    return numbers if len(set(numbers)) == len(files) else list(range(1, len(files) + 1))
 
 
 def files_of(path: str) -> list[Path]:

@@ -13,7 +13,7 @@ import numpy as np
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 
 from datamodules.base import DataModule
-from datamodules.images import IMAGES, files_of
+from datamodules.images import IMAGES, found_in
 from datamodules.mask_files import IGNORE, dims, read_mask
 from datamodules.masks import MaskData, MaskDataset, Masked, collate
 from datamodules.transforms import Array, DataError, read_upright
@@ -130,21 +130,10 @@ class MaskPhotos(DataModule):
         self.path, self.eval_size = path, eval_size
 
     def setup(self, stage: str) -> None:
-        from datamodules.images import VIDEOS
-        from datamodules.video import Video
-
         if stage != "predict":
             raise DataError(f"{self.path}: no masks, so there is nothing to {stage}; use it with predict")
-        paths = [self.path] if isinstance(self.path, str) else self.path
-        files = sorted({file for path in paths for file in files_of(path)})
-        if not files:
-            raise DataError(
-                f"{self.path}: no picture found (of {', '.join(sorted(IMAGES))}); a video is given by itself"
-            )
-        if any(file.suffix.lower() in VIDEOS for file in files):
-            if len(files) > 1:
-                raise DataError(f"{self.path}: a video goes alone; predict on one after the other")
-            video = Video(files[0])
+        files, video = found_in(self.path)
+        if video is not None:
             self.workers = min(self.workers, 1)
             frames = [Masked(f"{files[0]}#{i}", i) for i in range(len(video))]
             self.datasets["predict"] = Frames(video, frames, self.eval_size)

@@ -18,7 +18,9 @@ from tqdm import tqdm
 
 from datamodules import scenes
 from datamodules.base import Instance, KeypointData, Keypoints
+from datamodules.boxes import BoxData, Boxed
 from datamodules.coco_file import CocoFile, pairs_of, sigmas_of
+from datamodules.coco_instances import boxed, read_instances
 from datamodules.image_folder import ImageFolder
 from datamodules.mask_folder import MaskFolder
 from datamodules.metrics import KeypointAP, KeypointError
@@ -121,6 +123,41 @@ class RenderedMasks(MaskFolder):
 
     def prepare_data(self) -> None:
         fill(self.folder, self.counts, self.seed, self.scene)
+
+
+class RenderedBoxes(BoxData):
+    """The same scenes, with a box and a mask for every thing.
+
+    Args:
+        root, train, val, seed, scene: see `Rendered`.
+        **kwargs: see `BoxData`.
+    """
+
+    def __init__(
+        self,
+        root: str = "runs/data/rendered",
+        train: int = 2000,
+        val: int = 200,
+        seed: int = 0,
+        scene: tuple[int, int] = (240, 320),
+        shorter: int = 240,
+        longer: int = 320,
+        **kwargs: Any,
+    ) -> None:
+        self.counts, self.seed, self.scene = {"train": train, "val": val}, seed, scene
+        self.folder = cache(Path(root), self.counts, seed, scene)
+        super().__init__(list(scenes.CLASSES), shorter=shorter, longer=longer, **kwargs)
+
+    def prepare_data(self) -> None:
+        fill(self.folder, self.counts, self.seed, self.scene)
+
+    def truth(self, split: str) -> dict[str, Any]:
+        split = "val" if split == "test" else split
+        return read_instances(self.folder / "annotations" / f"instances_{split}.json", self.masks)
+
+    def instances(self, split: str) -> list[Boxed]:
+        images = self.folder / ("val" if split == "test" else split)
+        return boxed(self.truth(split), images, self.category_ids, self.masks)
 
 
 def cache(root: Path, counts: dict[str, int], seed: int, scene: tuple[int, int]) -> Path:

@@ -163,10 +163,11 @@ class HRNetV2p(nn.Module):
     Args:
         channels: of the maps.
         num_outputs: channels of every level.
-        levels: levels put out, of strides 4, 8, 16, ...
+        levels: levels put out, of strides `finest`, and twice that, ...
         pool: "average" as in every official recipe, or "max".
+        finest: stride of the finest level; 8 (official for FCOS) by convolutions of stride 2.
 
-    `forward(maps)` gives `levels` maps `[B, num_outputs, H/4/2**i, W/4/2**i]`.
+    `forward(maps)` gives `levels` maps `[B, num_outputs, H/finest/2**i, W/finest/2**i]`.
     """
 
     maps = 4
@@ -177,11 +178,14 @@ class HRNetV2p(nn.Module):
         num_outputs: int = 256,
         levels: int = 5,
         pool: Literal["average", "max"] = "average",
+        finest: Literal[4, 8] = 4,
     ) -> None:
         super().__init__()
         self.pool = F.avg_pool2d if pool == "average" else F.max_pool2d
         self.reduction_conv = nn.Sequential(nn.Conv2d(sum(channels), num_outputs, 1))
-        self.fpn_conv = nn.ModuleList(nn.Conv2d(num_outputs, num_outputs, 3, padding=1) for _ in range(levels))
+        self.fpn_conv = nn.ModuleList(
+            nn.Conv2d(num_outputs, num_outputs, 3, finest // 4, padding=1) for _ in range(levels)
+        )
         for m in self.modules():
             if isinstance(m, nn.Conv2d):
                 nn.init.kaiming_uniform_(m.weight, a=1)

@@ -221,6 +221,8 @@ class Task(L.LightningModule):
         if getattr(scheduler, "total", 0) is None:  # the length of the run, which the trainer knows
             steps = self.trainer.estimated_stepping_batches
             scheduler.total = steps if self.lr_interval == "step" else self.trainer.max_epochs  # type: ignore[attr-defined]
+        if getattr(scheduler, "epochs", 0) is None:
+            scheduler.epochs = self.trainer.max_epochs  # type: ignore[attr-defined]
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": self.lr_interval}}
 
 

@@ -1,6 +1,7 @@
 """Learning rates that torch has no class for."""
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 from torch.optim import Optimizer
@@ -54,3 +55,40 @@ class Poly(LambdaLR):
     def state_dict(self) -> dict[str, Any]:
         """Without the length, so that a run that goes on for longer learns for longer."""
         return {k: v for k, v in super().state_dict().items() if k != "total"}
+
+
+class WarmupMultiStep(LambdaLR):
+    """Linear over the first steps, then constant but for falls by `gamma` at some epochs: how detectors are trained
+    (det/configs/hrnet). Counts steps: goes with `lr_interval: step`.
+
+    Args:
+        milestones: epochs at whose ends the rate falls; [8, 11] of 12 is "1x", [20, 23] of 24 (official) "2x".
+        warmup: steps.
+        ratio: of the first step's rate, officially a third.
+        total: steps; None is the length of the run, of which `epochs` are told with it.
+    """
+
+    def __init__(
+        self,
+        optimizer: Optimizer,
+        milestones: Sequence[int],
+        gamma: float = 0.1,
+        warmup: int = 500,
+        ratio: float = 1 / 3,
+        total: int | None = None,
+        epochs: int | None = None,
+    ) -> None:
+        self.total, self.epochs = total, epochs
+
+        def factor(now: int) -> float:
+            start = ratio + (1 - ratio) * now / warmup if now < warmup else 1.0
+            if not self.total or not self.epochs:
+                return start
+            # In whole numbers: a rounded quotient would fall a step too early or too late.
+            return start * gamma ** sum(now * self.epochs >= m * self.total for m in milestones)
+
+        super().__init__(optimizer, factor)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Without the length, which a run that goes on for longer has another of."""
+        return {k: v for k, v in super().state_dict().items() if k not in ("total", "epochs")}

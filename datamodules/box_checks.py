@@ -1,0 +1,116 @@
+"""Faults in files of boxes and instances, found before the first step and told all at once."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from datamodules.checks import Report
+from datamodules.mask_files import dims
+from datamodules.transforms import DataError, read_image
+
+
+def check_instances(
+    content: dict[str, Any], path: Path, images: Path, masks: bool = False, decode: bool = False
+) -> Report:
+    """Check a COCO instances file.
+
+    Boxes and masks of no extent are no fault but a note: COCO itself has some, and they are left out of training as
+    officially (in evaluation they count as never found, as pycocotools has it).
+
+    Args:
+        content: the JSON. path: where it came from. images: the image folder. masks: whether masks are needed.
+        decode: also read every image (minutes for COCO); else only see that they exist.
+    """
+    report = Report(path)
+    sizes: dict[Any, tuple[float, float]] = {}
+    for i, image in enumerate(content["images"]):
+        lacking = [k for k in ("id", "file_name", "width", "height") if k not in image]
+        if lacking:
+            report.add(f"image records without {', '.join(lacking)}", f"images[{i}]")
+            continue
+        if image["id"] in sizes:
+            report.add("image ids used twice: boxes would go to the wrong image", f"image {image['id']}")
+        sizes[image["id"]] = (image["width"], image["height"])
+        check_image(report, image, images, decode)
+    known = {c.get("id") for c in content["categories"]}
+    seen: set[Any] = set()
+    flat, crowd, fractions = [], 0, 0
+    for i, a in enumerate(content["annotations"]):
+        name = f"annotation {a.get('id', f'number {i}')}"
+        if a.get("category_id") not in known:
+            report.add("category_id that no category has", f"{name} (category_id {a.get('category_id')})", i)
+            continue
+        if a.get("id") in seen:
+            report.add("annotation ids used twice: COCO's evaluation would drop one of each", name, i)
+        seen.add(a.get("id"))
+        if a.get("image_id") not in sizes:
+            report.add("image_id that no image has", f"{name} (image_id {a.get('image_id')})", i)
+            continue
+        crowd += bool(a.get("iscrowd"))
+        box = a.get("bbox")
+        if box is None or len(box) != 4 or not np.isfinite(np.array(box, dtype=np.float64)).all():
+            report.add("bbox that is not four finite numbers (x, y, width, height)", f"{name} ({box})", i)
+            continue
+        (x, y, w, h), (width, height) = box, sizes[a["image_id"]]
+        fractions += all(0 <= v <= 1 for v in box)
+        if w < 0 or h < 0:
+            report.add("bbox of negative width or height", f"{name} ({box})", i)
+        elif w < 1 or h < 1 or a.get("area", 1) <= 0:
+            flat.append(str(a.get("id")))
+        elif x >= width or y >= height or x + w <= 0 or y + h <= 0:
+            report.add("bbox wholly outside its image", f"{name} ({box}, image {width}x{height})", i)
+        elif (x + w > 1.1 * width + 2 or y + h > 1.1 * height + 2) and w > x and h > y:
+            report.add(
+                "bbox that reaches far beyond its image: x1, y1, x2, y2 instead of x, y, width, height?",
+                f"{name} ({box}, image {width}x{height})",
+                i,
+            )
+        if masks and (fault := fault_of(a.get("segmentation"), (height, width))):
+            report.add(fault, name, i)
+    if fractions and fractions > 0.9 * len(content["annotations"]):
+        report.add("boxes between 0 and 1: they must be pixels", str(path))
+    if not sizes or not content["annotations"]:
+        report.add("an empty data set: no images or no annotations", str(path))
+    elif crowd == len(content["annotations"]):
+        report.add("all annotations are crowd regions: nothing to learn, and nothing that COCO's AP counts", str(path))
+    if flat:
+        shown = ", ".join(flat[:5]) + (", ..." if len(flat) > 5 else "")
+        report.notes.append(f"{len(flat)} boxes narrower than a pixel or without area are not learned (ids {shown})")
+    return report
+
+
+def check_image(report: Report, image: dict[str, Any], folder: Path, decode: bool) -> None:
+    """That an image is there, and with `decode` that it can be read and is as large as recorded."""
+    file = folder / image["file_name"]
+    if not file.is_file():
+        report.add(f"images that are not in {folder}: check the folder (train_images, val_images)", image["file_name"])
+        return
+    if not decode:
+        return
+    try:
+        width, height = dims(file)
+        read_image(file)
+    except DataError as error:
+        report.add("images that cannot be read", str(error))
+        return
+    if (width, height) != (image["width"], image["height"]):
+        report.add(
+            "images of another size than their record says: boxes would be misplaced",
+            f"{image['file_name']} ({width}x{height}, record {image['width']}x{image['height']})",
+        )
+
+
+def fault_of(segmentation: Any, size: tuple[float, float]) -> str:
+    """What is wrong with a mask of an image of `size` (H, W); "" if nothing is."""
+    if isinstance(segmentation, dict):
+        if list(segmentation.get("size", ())) != [*map(int, size)]:
+            return (
+                f"segmentation (RLE) of another size than its image: {segmentation.get('size')} for {list(size)} (H, W)"
+            )
+        return "" if segmentation.get("counts") else "segmentation (RLE) without counts"
+    if not isinstance(segmentation, list) or not segmentation:
+        return "no segmentation: masks cannot be learned (`masks: false` learns boxes alone)"
+    if any(len(polygon) < 6 or len(polygon) % 2 for polygon in segmentation):
+        return "segmentation with a polygon of less than three points"
+    return ""

@@ -1,0 +1,345 @@
+"""Images with boxes, and masks of instances: what all detection data share, and the batch they yield."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal, NotRequired, TypedDict
+
+import albumentations as A
+import cv2
+import numpy as np
+import torch
+from pycocotools import mask as rle
+from torch import Tensor
+from torch.utils.data import BatchSampler, Dataset, RandomSampler, Sampler
+from torchmetrics import Metric, MetricCollection
+
+from datamodules.base import DataModule
+from datamodules.box_ap import BoxAP
+from datamodules.transforms import Array, DataError, read_image
+
+PADDING = (124, 116, 104)
+"""What images are padded with: the mean of ImageNet, all but zero to a network that subtracts it (officially zero)."""
+
+
+class BoxBatch(TypedDict):
+    """A batch for the detection task. Images are padded at the right and below to the largest, and to 32.
+
+    image: uint8 RGB `[B, 3, H, W]`. size: Long `[B, 2]`, (h, w) of each image without padding. original: Long `[B, 2]`,
+    (h, w) of its file. boxes: B times float `[N, 4]`, x0, y0, x1, y1 in pixels of `image`, x1 and y1 exclusive. labels:
+    B times Long `[N]`, 0 to C - 1. masks: B times uint8 `[N, H, W]`, in training where they are asked for. to_image:
+    float `[B, 2, 3]`, from pixels of `image` to pixels of the original (corners, not centres). id: Long `[B]`, the
+    image's index in its data set.
+    """
+
+    image: Tensor
+    size: Tensor
+    original: Tensor
+    boxes: list[Tensor]
+    labels: list[Tensor]
+    masks: NotRequired[list[Tensor]]
+    to_image: Tensor
+    id: Tensor
+
+
+@dataclass(slots=True)
+class Boxed:
+    """An image and what is in it.
+
+    Attributes:
+        path, image_id, width, height: of the image; a size of 0 is not known.
+        boxes: float `[N, 4]`, x0, y0, x1, y1 in pixels. labels: `[N]`, 0 to C - 1.
+        crowd: bool `[N]`: regions of many that are not told apart. They are no part of training, and in evaluation
+            nothing found there is wrong.
+        segmentations: polygons or RLE of each, as COCO has them; or none at all.
+    """
+
+    path: str
+    image_id: int
+    width: int = 0
+    height: int = 0
+    boxes: Array = field(default_factory=lambda: np.zeros((0, 4)))
+    labels: Array = field(default_factory=lambda: np.zeros(0, np.int64))
+    crowd: Array = field(default_factory=lambda: np.zeros(0, bool))
+    segmentations: list[Any] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class BoxAugmentation:
+    """What training changes; the default is the official recipe (det/configs/hrnet): mirror images only.
+
+    Args:
+        flip: probability of a mirror image.
+        shorter: lengths of the shorter side, of which one is drawn (multi-scale training); empty is the data's own.
+        scale: range of a further factor on the image's size (large-scale jitter: 0.1 to 2 with a crop).
+        crop: (H, W) of a window cut at random where the image is larger; objects of which less than a tenth is left in
+            it are forgotten.
+        colour: strength of jitter in brightness, contrast, saturation and hue, 0 to 1.
+    """
+
+    flip: float = 0.5
+    shorter: tuple[int, ...] = ()
+    scale: tuple[float, float] = (1.0, 1.0)
+    crop: tuple[int, int] | None = None
+    colour: float = 0.0
+
+    def look(self) -> A.Compose | None:
+        """What changes colours only, or None."""
+        c = self.colour
+        if not c:
+            return None
+        return A.Compose([A.ColorJitter((1 - c, 1 + c), (1 - c, 1 + c), (1 - c, 1 + c), (-c / 8, c / 8), p=0.8)])
+
+
+class BoxDataset(Dataset):
+    """Images brought to one scale, with their boxes.
+
+    Args:
+        instances: what to read.
+        shorter, longer: the shorter side becomes `shorter`, unless the longer one would exceed `longer`.
+        augmentation: None for evaluation.
+        masks: whether to draw the instances' masks; training only.
+    """
+
+    def __init__(
+        self,
+        instances: Sequence[Boxed],
+        shorter: int,
+        longer: int,
+        augmentation: BoxAugmentation | None = None,
+        masks: bool = False,
+    ) -> None:
+        self.instances, self.shorter, self.longer = instances, shorter, longer
+        self.augmentation, self.masks = augmentation, masks and augmentation is not None
+        self.look = augmentation.look() if augmentation else None
+
+    def __len__(self) -> int:
+        return len(self.instances)
+
+    def read(self, instance: Boxed) -> Array:
+        return read_image(instance.path)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        instance, augment = self.instances[index], self.augmentation or BoxAugmentation(flip=0)
+        image = self.read(instance)
+        height, width = image.shape[:2]
+        if instance.width and (width, height) != (instance.width, instance.height):
+            raise DataError(
+                f"{instance.path}: the image is {width}x{height}, its record says {instance.width}x{instance.height}: "
+                f"boxes would be misplaced; correct the record, or store the image as it was labelled"
+            )
+        rng = np.random.default_rng(int(torch.randint(2**62, ())) if self.augmentation else 0)
+        shorter = int(rng.choice(augment.shorter)) if augment.shorter else self.shorter
+        ratio = min(shorter / min(height, width), self.longer / max(height, width)) * rng.uniform(*augment.scale)
+        size = max(1, int(height * ratio + 0.5)), max(1, int(width * ratio + 0.5))
+        image = cv2.resize(image, size[::-1], interpolation=cv2.INTER_LINEAR)
+        scale = np.array([size[1] / width, size[0] / height])  # of x and y: not quite the same
+        kept = ~instance.crowd if self.augmentation else np.ones(len(instance.boxes), bool)
+        boxes = instance.boxes[kept] * np.tile(scale, 2)
+        window = (0, 0, *size)
+        if augment.crop is not None:
+            top, left = (int(rng.integers(max(0, a - b) + 1)) for a, b in zip(size, augment.crop, strict=True))
+            window = (top, left, min(size[0], top + augment.crop[0]), min(size[1], left + augment.crop[1]))
+            image = image[window[0] : window[2], window[1] : window[3]]
+            area = (boxes[:, 2:] - boxes[:, :2]).prod(1)
+            boxes = (boxes - np.tile([left, top], 2)).clip(0, np.tile(image.shape[1::-1], 2))
+            left_over = (boxes[:, 2:] - boxes[:, :2]).prod(1) >= 0.1 * area
+            kept[np.flatnonzero(kept)] = left_over
+            boxes = boxes[left_over]
+        masks = None
+        if self.masks:
+            given = [s for s, k in zip(instance.segmentations, kept, strict=True) if k]
+            drawn = [draw(s, (height, width), size)[window[0] : window[2], window[1] : window[3]] for s in given]
+            masks = np.array(drawn, np.uint8).reshape(-1, *image.shape[:2])
+        if rng.random() < augment.flip:
+            image = image[:, ::-1]
+            boxes[:, [0, 2]] = image.shape[1] - boxes[:, [2, 0]]
+            masks = None if masks is None else masks[:, :, ::-1]
+        if self.look is not None:
+            self.look.set_random_seed(int(rng.integers(2**31)))
+            image = self.look(image=np.ascontiguousarray(image))["image"]
+        sample = {
+            "image": torch.from_numpy(np.ascontiguousarray(image)).permute(2, 0, 1),
+            "original": torch.tensor([height, width]),
+            "boxes": torch.from_numpy(boxes.astype(np.float32)),
+            "labels": torch.from_numpy(instance.labels[kept].astype(np.int64)),
+            "to_image": torch.tensor([[1 / scale[0], 0, 0], [0, 1 / scale[1], 0]], dtype=torch.float32),
+            "id": index,
+        }
+        return sample if masks is None else sample | {"masks": torch.from_numpy(np.ascontiguousarray(masks))}
+
+
+def draw(segmentation: Any, original: tuple[int, int], size: tuple[int, int]) -> Array:
+    """uint8 `[h, w]` of the polygons or the RLE of an image of `original` size (H, W), at `size`."""
+    if isinstance(segmentation, dict):
+        code = segmentation
+        if isinstance(code["counts"], list):
+            code = rle.frPyObjects(code, *code["size"])
+        return cv2.resize(rle.decode(code), size[::-1], interpolation=cv2.INTER_NEAREST)
+    factor = np.array([size[1] / original[1], size[0] / original[0]])  # polygons are scaled before they are drawn
+    scaled = [(np.reshape(polygon, (-1, 2)) * factor).ravel().tolist() for polygon in segmentation]
+    return rle.decode(rle.merge(rle.frPyObjects(scaled, *size)))
+
+
+def collate(samples: list[dict[str, Any]]) -> dict[str, Any]:
+    """A batch, padded to a common size that 32 divides."""
+    sizes = [sample["image"].shape[1:] for sample in samples]
+    height, width = (-(-max(size[i] for size in sizes) // 32) * 32 for i in (0, 1))
+    image = torch.tensor(PADDING, dtype=torch.uint8).view(1, 3, 1, 1).repeat(len(samples), 1, height, width)
+    for canvas, sample, (h, w) in zip(image, samples, sizes, strict=True):
+        canvas[:, :h, :w] = sample["image"]
+    batch = {
+        "image": image,
+        "size": torch.tensor([list(size) for size in sizes]),
+        "original": torch.stack([sample["original"] for sample in samples]),
+        "boxes": [sample["boxes"] for sample in samples],
+        "labels": [sample["labels"] for sample in samples],
+        "to_image": torch.stack([sample["to_image"] for sample in samples]),
+        "id": torch.tensor([sample["id"] for sample in samples]),
+    }
+    if "masks" in samples[0]:
+        batch["masks"] = [
+            torch.nn.functional.pad(sample["masks"], (0, width - w, 0, height - h))
+            for sample, (h, w) in zip(samples, sizes, strict=True)
+        ]
+    return batch
+
+
+class GroupedBatches(BatchSampler):
+    """Batches of upright or of lying images, so that little is padded; what is left at the end goes together.
+
+    As many batches as ungrouped, in every process of several.
+
+    Args:
+        sampler, batch_size, drop_last: see `torch.utils.data.BatchSampler`.
+        groups: of every image of the data set.
+    """
+
+    def __init__(self, sampler: Sampler[int], batch_size: int, drop_last: bool, groups: Sequence[bool] = ()) -> None:
+        super().__init__(sampler, batch_size, drop_last)
+        self.groups = groups
+
+    def __iter__(self) -> Iterator[list[int]]:
+        waiting: dict[bool, list[int]] = {False: [], True: []}
+        for index in self.sampler:
+            group = waiting[self.groups[index]]
+            group.append(index)
+            if len(group) == self.batch_size:
+                yield list(group)
+                group.clear()
+        rest = waiting[False] + waiting[True]
+        for start in range(0, len(rest), self.batch_size):
+            batch = rest[start : start + self.batch_size]
+            if len(batch) == self.batch_size or not self.drop_last:
+                yield batch
+
+
+class BoxData(DataModule):
+    """Loaders of images and boxes. A subclass says `instances(split)`.
+
+    Args:
+        class_names: of the classes 0, 1, ...
+        category_ids: their numbers in files of results; None counts from 1.
+        shorter, longer, masks: see `BoxDataset`; officially 800 and 1333.
+        augmentation: of training.
+        empty: whether to train on images that show nothing (officially not).
+        per_class: whether to report AP of each class as well.
+        backend: of the metric, see `BoxAP`.
+        eval_batch_size: 1, as officially; more pads images to a common size, which changes what the network sees.
+        **kwargs: see `DataModule`.
+
+    Attributes:
+        num_classes, class_names, category_ids, shorter, longer: facts that the command line gives to the task.
+    """
+
+    def __init__(
+        self,
+        class_names: Sequence[str],
+        category_ids: Sequence[int] | None = None,
+        shorter: int = 800,
+        longer: int = 1333,
+        augmentation: BoxAugmentation = BoxAugmentation(),
+        masks: bool = False,
+        empty: bool = False,
+        per_class: bool = False,
+        backend: str = "faster",
+        eval_batch_size: int | None = 1,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(eval_batch_size=eval_batch_size, **kwargs)
+        if min(shorter, longer) < 32:
+            raise DataError(
+                f"shorter and longer are sides of images in pixels, at least 32, got {shorter} and {longer}"
+            )
+        self.class_names, self.num_classes = list(class_names), len(class_names)
+        self.category_ids = list(category_ids) if category_ids else list(range(1, self.num_classes + 1))
+        self.shorter, self.longer, self.augmentation, self.masks = shorter, longer, augmentation, masks
+        self.empty, self.per_class, self.backend = empty, per_class, backend
+
+    def instances(self, split: str) -> list[Boxed]:
+        """All images of "train", "val" or "test", and what is in them."""
+        raise NotImplementedError
+
+    def truth(self, split: str) -> dict[str, Any]:
+        """What is to be found, as a COCO file has it."""
+        return coco_of(self.datasets[split].instances, self.class_names, self.category_ids)  # type: ignore[attr-defined]
+
+    def metric(self, split: str = "val") -> Metric | MetricCollection:
+        """COCO's AP of boxes, and of masks if there are any."""
+        truth, ids = self.truth(split), [i.image_id for i in self.datasets[split].instances]  # type: ignore[attr-defined]
+        kinds: tuple[Literal["bbox", "segm"], ...] = ("bbox", "segm") if self.masks else ("bbox",)
+        parts = {
+            kind: BoxAP(truth, ids, self.category_ids, self.class_names, kind, self.per_class, self.backend)
+            for kind in kinds
+        }
+        return MetricCollection(parts, compute_groups=False) if self.masks else parts["bbox"]  # type: ignore[arg-type]
+
+    def setup(self, stage: str) -> None:
+        for split in {"fit": ["train", "val"], "validate": ["val"], "test": ["test"]}[stage]:
+            if split in self.datasets:
+                continue
+            instances = self.instances(split)
+            if split == "train" and not self.empty:
+                instances = [i for i in instances if not i.crowd.all()]
+            if not instances:
+                raise DataError(f"the {split} split has no image" + (" with an object" if split == "train" else ""))
+            augmentation = self.augmentation if split == "train" else None
+            self.datasets[split] = BoxDataset(instances, self.shorter, self.longer, augmentation, self.masks)
+
+    def loader(self, split: str) -> Any:
+        loader = super().loader(split)
+        loader.collate_fn = collate
+        if split != "train":
+            return loader
+        groups = [i.width > i.height for i in loader.dataset.instances]  # type: ignore[attr-defined]
+        batches = GroupedBatches(RandomSampler(loader.dataset), self.batch_size, loader.drop_last, groups)  # type: ignore[arg-type]
+        return torch.utils.data.DataLoader(
+            loader.dataset,
+            batch_sampler=batches,
+            num_workers=loader.num_workers,
+            persistent_workers=loader.persistent_workers,
+            pin_memory=loader.pin_memory,
+            collate_fn=collate,
+        )
+
+
+def coco_of(instances: Sequence[Boxed], names: Sequence[str], ids: Sequence[int]) -> dict[str, Any]:
+    """The content of a COCO file."""
+    annotations = [
+        {
+            "id": 0,
+            "image_id": instance.image_id,
+            "category_id": ids[label],
+            "bbox": [float(v) for v in (*box[:2], *(box[2:] - box[:2]))],
+            "area": float((box[2:] - box[:2]).prod()),
+            "iscrowd": int(crowd),
+        }
+        for instance in instances
+        for box, label, crowd in zip(instance.boxes, instance.labels, instance.crowd, strict=True)
+    ]
+    for number, annotation in enumerate(annotations, 1):
+        annotation["id"] = number
+    return {
+        "images": [{"id": i.image_id, "file_name": i.path, "width": i.width, "height": i.height} for i in instances],
+        "annotations": annotations,
+        "categories": [{"id": i, "name": name} for i, name in zip(ids, names, strict=True)],
+    }

@@ -1,0 +1,196 @@
+"""Boxes and instance masks in COCO's format: COCO itself, and anything labelled in the same way, whatever its classes.
+
+`python -m datamodules.coco_instances check ANNOTATIONS IMAGES` refuses, before training, what would give a silent zero.
+"""
+
+import argparse
+from collections import Counter, defaultdict
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
+
+from datamodules.box_checks import check_instances
+from datamodules.boxes import BoxData, BoxDataset, Boxed
+from datamodules.coco_file import read_json
+from datamodules.drawing import draw_boxes, fitted, grid, write_image
+from datamodules.mask_files import distinct
+from datamodules.transforms import DataError
+
+
+class CocoInstances(BoxData):
+    """COCO instances, or one's own data in the same format; the classes are read from the file.
+
+    Args:
+        root: folder that all other paths start from.
+        train, val, test: annotation files; test None is val.
+        train_images, val_images, test_images: folders of the images.
+        classes: names of the categories to take, in the order of their labels; None takes all by rising id.
+        faulty: "error" refuses faulty records, all at once; "drop" leaves them out and says how many.
+        **kwargs: see `BoxData`.
+
+    Raises:
+        DataError: if a file is missing or faulty, at construction or `setup`.
+    """
+
+    def __init__(
+        self,
+        root: str = "data/coco",
+        train: str = "annotations/instances_train2017.json",
+        val: str = "annotations/instances_val2017.json",
+        test: str | None = None,
+        train_images: str = "train2017",
+        val_images: str = "val2017",
+        test_images: str | None = None,
+        classes: list[str] | None = None,
+        faulty: Literal["error", "drop"] = "error",
+        masks: bool = False,
+        **kwargs: Any,
+    ) -> None:
+        folder = Path(root)
+        self.paths = {
+            "train": (folder / train, folder / train_images),
+            "val": (folder / val, folder / val_images),
+            "test": (folder / (test or val), folder / (test_images or val_images)),
+        }
+        self.faulty = faulty
+        self.contents: dict[Path, dict[str, Any]] = {}
+        content = read_instances(self.paths["val"][0], masks)
+        self.contents[self.paths["val"][0]] = content
+        found = {c["id"]: str(c["name"]) for c in sorted(content["categories"], key=lambda c: c["id"])}
+        twice = [name for name, n in Counter(found.values()).items() if n > 1]
+        if twice:
+            raise DataError(f"{self.paths['val'][0]}: several categories are named {twice}")
+        if unknown := [name for name in classes or () if name not in found.values()]:
+            raise DataError(f"{self.paths['val'][0]}: no category is named {unknown}; there are {[*found.values()]}")
+        ids = {name: i for i, name in found.items()}
+        names = classes or [*found.values()]
+        super().__init__(names, [ids[name] for name in names], masks=masks, **kwargs)
+
+    def content(self, split: str) -> dict[str, Any]:
+        """The annotation file of a split, read once, with the same categories as the others."""
+        path = self.paths[split][0]
+        if path not in self.contents:
+            content = read_instances(path, self.masks)
+            there = {c["id"]: c["name"] for c in content["categories"]}
+            wrong = [n for i, n in zip(self.category_ids, self.class_names, strict=True) if there.get(i) != n]
+            if wrong:
+                raise DataError(
+                    f"{path}: categories {wrong} have other ids here, or are missing, than in {self.paths['val'][0]}: "
+                    f"labels would change their meaning"
+                )
+            self.contents[path] = content
+        return self.contents[path]
+
+    def instances(self, split: str) -> list[Boxed]:
+        path, images = self.paths[split]
+        content = self.content(split)
+        if split == "test" and self.paths["test"] == self.paths["val"]:
+            rank_zero_info("no test split is named: the validation split is tested")
+        report = check_instances(content, path, images, self.masks)
+        report.settle(self.faulty)
+        for note in report.notes:
+            rank_zero_warn(f"{path}: {note}")
+        content["annotations"] = [a for i, a in enumerate(content["annotations"]) if i not in report.faulty]
+        return boxed(content, images, self.category_ids, self.masks)
+
+    def truth(self, split: str) -> dict[str, Any]:
+        return self.content(split)
+
+
+def read_instances(path: Path, masks: bool) -> dict[str, Any]:
+    """The content of a COCO instances file; without masks their outlines, most of its memory, are left out.
+
+    Raises:
+        DataError: if it is none.
+    """
+    content = read_json(path)
+    wanted = ("images", "annotations", "categories")
+    missing = [k for k in wanted if not isinstance(content, dict) or not isinstance(content.get(k), list)]
+    if missing:
+        raise DataError(f"{path}: no list {', '.join(missing)}; a COCO file holds {', '.join(wanted)}")
+    if not content["categories"] or any("id" not in c or "name" not in c for c in content["categories"]):
+        raise DataError(f"{path}: `categories` is empty, or lacks an id or a name; predictions could not be told apart")
+    for annotation in content["annotations"]:
+        annotation.pop("keypoints", None)
+        if not masks:
+            annotation.pop("segmentation", None)
+    return content
+
+
+def boxed(content: dict[str, Any], images: Path, ids: list[int], masks: bool) -> list[Boxed]:
+    """All images of a checked file; boxes cut at the image's border, and those of no extent left out (official
+    coco.py)."""
+    label = {category: i for i, category in enumerate(ids)}
+    parts = defaultdict(list)
+    for a in content["annotations"]:
+        if a["category_id"] in label and min(a["bbox"][2:]) >= 1 and a.get("area", 1) > 0:
+            parts[a["image_id"]].append(a)
+    found = []
+    for image in content["images"]:
+        own = parts[image["id"]]
+        boxes = np.array([a["bbox"] for a in own], dtype=np.float64).reshape(-1, 4)
+        boxes[:, 2:] += boxes[:, :2]
+        boxes = boxes.clip(0, np.tile([image["width"], image["height"]], 2))
+        found.append(
+            Boxed(
+                str(images / image["file_name"]),
+                image["id"],
+                image["width"],
+                image["height"],
+                boxes,
+                np.array([label[a["category_id"]] for a in own], dtype=np.int64),
+                np.array([bool(a.get("iscrowd")) for a in own], dtype=bool),
+                [compact(a["segmentation"]) for a in own] if masks else [],
+            )
+        )
+    return found
+
+
+def compact(segmentation: Any) -> Any:
+    """Polygons as arrays, a tenth of the memory that lists of numbers take."""
+    return segmentation if isinstance(segmentation, dict) else [np.array(p, np.float32) for p in segmentation]
+
+
+def main() -> None:
+    """`check`: report every fault of an instances file, count its classes, and draw its first images."""
+    parser = argparse.ArgumentParser(prog="python -m datamodules.coco_instances", description=main.__doc__)
+    check = parser.add_subparsers(required=True).add_parser("check")
+    check.add_argument("annotations", help="instances file in COCO's format")
+    check.add_argument("images", help="folder of its images")
+    check.add_argument("--masks", action="store_true", help="also check the masks")
+    check.add_argument("--draw", default="check.jpg", help="picture of the first images (default: %(default)s)")
+    args = parser.parse_args()
+    try:
+        content = read_instances(Path(args.annotations), masks=args.masks)
+        report = check_instances(content, Path(args.annotations), Path(args.images), args.masks, decode=True)
+        print(report)
+        if report.faults:
+            raise SystemExit(1)
+        categories = sorted(content["categories"], key=lambda c: c["id"])
+        names, ids = [c["name"] for c in categories], [c["id"] for c in categories]
+        images = boxed(content, Path(args.images), ids, args.masks)
+        counts = Counter(a["category_id"] for a in content["annotations"])
+        empty = sum(not len(i.boxes) for i in images)
+        print(f"{len(images)} images, {empty} of them without objects; {len(names)} classes:")
+        for i, name in zip(ids, names, strict=True):
+            print(f"  {i:3d} {name}: {counts[i]}")
+        if absent := [n for i, n in zip(ids, names, strict=True) if not counts[i]]:
+            print(f"never seen: {', '.join(absent)}")
+        data = BoxDataset([i for i in images if len(i.boxes)][:8], 240, 320)
+        colours = distinct(len(names))
+        pictures = []
+        for sample in (data[i] for i in range(len(data))):
+            labels = sample["labels"].tolist()
+            image = sample["image"].permute(1, 2, 0).numpy()
+            texts = [names[x] for x in labels]
+            pictures.append(draw_boxes(image, sample["boxes"].numpy(), [colours[x] for x in labels], texts))
+        write_image(args.draw, grid([fitted(p, (320, 320)) for p in pictures], columns=4))
+        print(f"the first images: {args.draw}")
+    except (DataError, OSError) as error:
+        raise SystemExit(f"{type(error).__name__}: {error}") from None
+
+
+if __name__ == "__main__":
+    main()
