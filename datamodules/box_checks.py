@@ -1,10 +1,13 @@
 """Faults in files of boxes and instances, found before the first step and told all at once."""
 
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 
+from datamodules.boxes import BoxData, Boxed
 from datamodules.checks import Report
 from datamodules.mask_files import dims
 from datamodules.transforms import DataError, read_image
@@ -114,3 +117,57 @@ def fault_of(segmentation: Any, size: tuple[float, float]) -> str:
     if any(len(polygon) < 6 or len(polygon) % 2 for polygon in segmentation):
         return "segmentation with a polygon of less than three points"
     return ""
+
+
+def check_boxed(instances: list[Boxed], report: Report, faulty: Literal["error", "drop"]) -> list[Boxed]:
+    """`instances` with their boxes cut at the image's border, and without those of no extent, of which it warns.
+
+    Raises:
+        DataError: with all faults, of `report` and found here, unless they are to be dropped.
+    """
+    flat, seen = [], 0
+    for instance in instances:
+        boxes = instance.boxes
+        limit = np.tile([instance.width or np.inf, instance.height or np.inf], 2)
+        sound = np.isfinite(boxes).all(1)
+        inside = (boxes[:, 2:] > 0).all(1) & (boxes[:, :2] < limit[:2]).all(1)
+        for i in np.flatnonzero(~sound):
+            report.add("boxes that are not finite numbers", f"{instance.path} ({boxes[i]})", seen + int(i))
+        for i in np.flatnonzero(sound & ~inside):
+            report.add("boxes wholly outside their image", f"{instance.path} ({boxes[i]})", seen + int(i))
+        seen += len(boxes)
+        boxes = instance.boxes = boxes.clip(0, limit)
+        wide = (boxes[:, 2:] - boxes[:, :2] >= 1).all(1)
+        flat += [instance.path] * int((sound & inside & ~wide).sum())
+        kept = np.asarray(sound & inside & wide)
+        instance.boxes, instance.labels, instance.crowd = boxes[kept], instance.labels[kept], instance.crowd[kept]
+        if instance.segmentations:
+            instance.segmentations = [s for s, k in zip(instance.segmentations, kept.tolist(), strict=True) if k]
+    if instances and all(i.crowd.all() for i in instances):
+        report.add("no object in any image, or all are difficult: nothing to learn", str(report.path))
+    report.settle(faulty)
+    if flat:
+        rank_zero_warn(f"{len(flat)} boxes narrower than a pixel are left out, the first in {flat[0]}")
+    return instances
+
+
+def tell(make: Callable[[], BoxData]) -> None:
+    """What a `check` prints of data: every split's images, and its objects by class; exits with the faults."""
+    try:
+        data = make()
+        for split in ("train", "val"):
+            instances = data.instances(split)
+            for instance in instances:
+                size = dims(Path(instance.path))
+                if instance.width and size != (instance.width, instance.height):
+                    raise DataError(
+                        f"{instance.path}: the image is {size[0]}x{size[1]}, its record says "
+                        f"{instance.width}x{instance.height}"
+                    )
+            counts = np.bincount(np.concatenate([i.labels for i in instances]), minlength=data.num_classes)
+            empty = sum(not len(i.boxes) for i in instances)
+            print(f"{split}: {len(instances)} images, {empty} of them without objects")
+            print("  " + ", ".join(f"{name} {n}" for name, n in zip(data.class_names, counts, strict=True)))
+        print("no fault")
+    except (DataError, OSError) as error:
+        raise SystemExit(f"{type(error).__name__}: {error}") from None

@@ -9,6 +9,7 @@ from typing import Any
 import cv2
 import lightning as L
 import numpy as np
+import torch
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger, WandbLogger
 from lightning.pytorch.trainer.states import TrainerFn
@@ -98,14 +99,16 @@ class Predictions(Callback):
                 results = part.results()  # by all processes
                 folder = folder_of(trainer)
                 if trainer.is_global_zero and folder is not None:
-                    path = folder / "predictions" / f"{split}.json"
+                    path = folder / "predictions" / f"{split}{getattr(part, 'suffix', '')}.json"
                     path.parent.mkdir(parents=True, exist_ok=True)
                     path.write_text(json.dumps(results))
-                    print(f"\n{len(results)} poses in COCO's results format: {path}", flush=True)
+                    print(f"\n{len(results)} predictions in COCO's results format: {path}", flush=True)
 
     def on_predict_start(self, trainer: L.Trainer, task: Any) -> None:
         self.dataset = trainer.datamodule.datasets["predict"]  # type: ignore[attr-defined]
         self.metric = task.collector(self.dataset.instances)
+        if isinstance(self.metric, torch.nn.Module):
+            self.metric.to(task.device)  # what processes exchange must lie where they can
         folder = trainer.log_dir  # told to all processes
         if hasattr(self.metric, "folder") and folder is not None:  # what writes as it goes
             self.metric.folder = Path(folder) / "predictions"

@@ -4,6 +4,7 @@
 """
 
 from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -27,6 +28,20 @@ from tasks.base import Task
 from tasks.cli import main
 
 
+@dataclass(frozen=True)
+class Limits:
+    """Which boxes are put out; None leaves it to the detector.
+
+    Args:
+        score: least score. nms: overlap above which the less sure of two boxes of a class goes. detections: how many of
+            an image.
+    """
+
+    score: float | None = None
+    nms: float | None = None
+    detections: int | None = None
+
+
 class Detection(Task):
     """Boxes of objects, and their masks.
 
@@ -36,6 +51,7 @@ class Detection(Task):
             Cascade), `RetinaNet`, `FCOS`, `CenterNet`, or anything with `loss(maps, batch)` and `detect(maps, batch)`.
         norm_eval: keep the backbone's batch statistics as they were loaded, and learn the rest: officially so, for two
             images a GPU say little about a batch. It takes pretrained weights.
+        evaluation: which boxes are put out in evaluation and prediction.
         num_classes, class_names, category_ids, shorter, longer: facts of the data (linked on the command line).
         init, optimizer, lr_scheduler, lr_interval, init_from, mean, std, channels_last: see `Task`.
     """
@@ -49,6 +65,7 @@ class Detection(Task):
         backbone: HRNetConfig | str = PRESETS["w18"],
         detector: Callable[[list[int], int], nn.Module] = RCNN,
         norm_eval: bool = False,
+        evaluation: Limits = Limits(),
         init: Literal["kaiming", "normal"] = "kaiming",
         optimizer: OptimizerCallable | None = None,
         lr_scheduler: LRSchedulerCallable | None = None,
@@ -65,8 +82,11 @@ class Detection(Task):
     ) -> None:
         super().__init__(backbone, 4, init, optimizer, lr_scheduler, lr_interval, init_from, mean, std, channels_last)
         self.save_hyperparameters()
-        self.keep_hyperparameters(ignore=[])
+        self.keep_hyperparameters(ignore=["evaluation"])
         self.head = detector(self.backbone.channels, num_classes)
+        for name, value in asdict(evaluation).items():
+            if value is not None:
+                setattr(self.head, name, value)
         self.norm_eval = norm_eval
         self.class_names = class_names or [str(i) for i in range(num_classes)]
         self.category_ids = category_ids or list(range(1, num_classes + 1))

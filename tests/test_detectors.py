@@ -1,13 +1,28 @@
 """Detectors: published sizes, losses that are finite and fall, and what they put out."""
 
+from collections import OrderedDict
+
 import pytest
 import torch
+from torchvision.models import detection
+from torchvision.ops import box_iou
 
 from hrnet import HRNet, HRNetConfig
+from hrnet.detectors.centernet import CenterNet, gaussians, radius
+from hrnet.detectors.dense import FCOS, RetinaNet
 from hrnet.detectors.rcnn import RCNN
 
 TINY = HRNetConfig(8, modules=(1, 1, 1), blocks=1, stem=(1, 16))
-KINDS = [{}, {"masks": True}, {"cascade": True}, {"cascade": True, "masks": True}]
+KINDS = {
+    "faster": (RCNN, {"width": 64}),
+    "mask": (RCNN, {"width": 64, "masks": True}),
+    "cascade": (RCNN, {"width": 64, "cascade": True}),
+    "cascade mask": (RCNN, {"width": 64, "cascade": True, "masks": True}),
+    "retinanet": (RetinaNet, {"anchors": 16, "finest": 4}),
+    "fcos": (FCOS, {}),
+    "fcos from stride 4": (FCOS, {"finest": 4}),
+    "centernet": (CenterNet, {}),
+}
 
 
 def parameters(*modules):
@@ -29,10 +44,11 @@ def make_batch():
     }
 
 
-def make(kind, seed=0):
+def make(kind, seed=0, **more):
     torch.manual_seed(seed)
     backbone = HRNet(TINY)
-    return backbone, RCNN(backbone.channels, 5, pyramid=32, width=64, **kind)
+    detector, settings = KINDS[kind]
+    return backbone, detector(backbone.channels, 5, pyramid=32, **settings, **more)
 
 
 @pytest.mark.parametrize(
@@ -70,7 +86,7 @@ def test_losses_are_finite_and_fall(kind, bf16):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_detections_lie_in_their_images(kind):
-    backbone, detector = make({**kind, "score": 0.0})
+    backbone, detector = make(kind, score=0.0)
     batch = make_batch()
     with torch.inference_mode():
         results = detector.eval().detect(backbone.eval()(torch.randn(2, 3, 128, 160)), batch)
@@ -82,16 +98,83 @@ def test_detections_lie_in_their_images(kind):
         assert (boxes[:, [1, 3]] <= height).all()
         assert scores.diff().max() <= 0
         assert set(labels.tolist()) <= set(range(5))
-        if kind.get("masks"):
+        if "mask" in kind:
             assert result["masks"].shape == (len(boxes), 28, 28)
             assert 0 <= result["masks"].min() <= result["masks"].max() <= 1
 
 
-def test_images_without_objects():
-    backbone, detector = make({"masks": True})
+@pytest.mark.parametrize("kind", KINDS)
+def test_images_without_objects(kind):
+    backbone, detector = make(kind)
     batch = make_batch()
     batch["boxes"], batch["labels"] = [batch["boxes"][1]] * 2, [batch["labels"][1]] * 2
     batch["masks"] = [batch["masks"][1]] * 2
     losses = detector.loss(backbone(torch.randn(2, 3, 128, 160)), batch)
     assert all(v.isfinite() for v in losses.values())
     torch.stack(list(losses.values())).sum().backward()
+
+
+def test_centres_may_move_so_far():
+    """Within the radius a box still overlaps as much as asked, and no further in one of the three ways."""
+    for w, h in ((10.0, 20.0), (7.0, 3.0), (50.0, 50.0)):
+        r = float(radius(torch.tensor([[w, h]]), 0.7))
+        moves = [(r, r, w + r, h + r), (-r, -r, w + r, h + r), (r, r, w - r, h - r)]
+        overlaps = box_iou(torch.tensor([[0, 0, w, h]]), torch.tensor(moves))
+        assert overlaps.min().item() == pytest.approx(0.7, abs=1e-4)
+
+
+def test_bumps():
+    bumps = gaussians(torch.tensor([[3, 2], [0, 0]]), torch.tensor([2.7, 0.4]), (6, 8))
+    assert bumps.shape == (2, 6, 8)
+    assert bumps[0, 2, 3] == bumps[1, 0, 0] == 1
+    assert (bumps[0] > 0).sum() == 25
+    assert (bumps[1] > 0).sum() == 1
+    assert torch.allclose(bumps[0, :5], bumps[0, :5].flip(0))
+
+
+def test_centres_are_found_again():
+    """What the targets say, put through decoding, gives the boxes back."""
+    batch = make_batch()
+    detector = CenterNet([8, 16, 32, 64], 5, pyramid=32)
+    height, width = (s // 4 for s in batch["image"].shape[-2:])
+    heat = torch.full((2, 5, height, width), -9.0)
+    offset, size = torch.zeros(2, 2, height, width), torch.zeros(2, 2, height, width)
+    for box, label in zip(batch["boxes"][0] / 4, batch["labels"][0].tolist(), strict=True):
+        centre, extent = (box[:2] + box[2:]) / 2, box[2:] - box[:2]
+        x, y = centre.long().tolist()
+        heat[0, label, y, x] = 5
+        offset[0, :, y, x], size[0, :, y, x] = centre - centre.long(), extent
+    detector.look = lambda maps: (heat, offset, size)
+    first, second = detector.detect([], batch)
+    assert len(second["boxes"]) == 0
+    assert torch.allclose(first["boxes"].sort(0).values, batch["boxes"][0].sort(0).values, atol=1e-4)
+    losses = detector.loss([], batch)
+    assert losses["offset"] == losses["size"] == 0
+    assert losses["heatmap"] < 0.1
+
+
+def test_one_stage_detectors_are_torchvisions():
+    """The same output and loss as torchvision's own model with the neck for its backbone."""
+    for kind, theirs in ((RetinaNet, detection.RetinaNet), (FCOS, detection.FCOS)):
+        torch.manual_seed(0)
+        backbone = HRNet(TINY)
+        ours = kind(backbone.channels, 5, pyramid=64)
+
+        class Whole(torch.nn.Module):
+            out_channels = 64
+
+            def forward(self, x, backbone=backbone, neck=ours.neck):
+                return OrderedDict((str(i), level) for i, level in enumerate(neck(backbone(x))))
+
+        model = theirs(Whole(), 5, min_size=128, max_size=160, anchor_generator=ours.detector.anchor_generator)
+        model.head.load_state_dict(ours.detector.head.state_dict())
+        image = torch.rand(3, 128, 160)
+        batch = {"image": image[None], "size": torch.tensor([[128, 160]])}
+        batch |= {"boxes": make_batch()["boxes"][:1], "labels": make_batch()["labels"][:1]}
+        mean, std = (torch.tensor(v).view(3, 1, 1) for v in (model.transform.image_mean, model.transform.image_std))
+        maps = backbone(((image - mean) / std)[None])
+        expected = model([image], [{"boxes": batch["boxes"][0], "labels": batch["labels"][0]}])
+        found = ours.loss(maps, batch)
+        assert sorted(v.item() for v in expected.values()) == pytest.approx(
+            sorted(v.item() for v in found.values()), 1e-4
+        )

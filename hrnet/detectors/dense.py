@@ -24,9 +24,15 @@ class Dense(nn.Module):
     maps = 4
 
     def __init__(
-        self, channels: list[int], detector: Any, pool: Literal["average", "max"], finest: Literal[4, 8]
+        self,
+        channels: list[int],
+        detector: Any,
+        pool: Literal["average", "max"],
+        finest: Literal[4, 8],
+        limits: tuple[float, float, int],
     ) -> None:
         super().__init__()
+        self.score, self.nms, self.detections = limits
         self.neck = HRNetV2p(channels, detector.backbone.out_channels, pool=pool, finest=finest)
         self.detector = detector
 
@@ -44,7 +50,9 @@ class Dense(nn.Module):
         outputs, anchors, counts = self.look(maps, batch)
         parts = {k: list(v.split(counts, dim=1)) for k, v in outputs.items()}
         sizes = image_list(batch).image_sizes
-        return self.detector.postprocess_detections(parts, [list(a.split(counts)) for a in anchors], sizes)
+        own = self.detector
+        own.score_thresh, own.nms_thresh, own.detections_per_img = self.score, self.nms, self.detections
+        return own.postprocess_detections(parts, [list(a.split(counts)) for a in anchors], sizes)
 
     def look(self, maps: list[Tensor], batch: Any) -> tuple[dict[str, Tensor], list[Tensor], list[int]]:
         """Raw output fp32 `[B, N, ...]` of all anchors, the anchors `[N, 4]` of each image, how many each level has."""
@@ -81,9 +89,8 @@ class RetinaNet(Dense):
     ) -> None:
         sizes = tuple(tuple(int(anchors * 2 ** (i + j / 3)) for j in range(3)) for i in range(5))
         generator = AnchorGenerator(sizes, ((0.5, 1.0, 2.0),) * 5)
-        settings = {"score_thresh": score, "nms_thresh": nms, "detections_per_img": detections}
-        detector = detection.RetinaNet(Levels(pyramid), num_classes, anchor_generator=generator, **settings)
-        super().__init__(channels, detector, pool, finest)
+        detector = detection.RetinaNet(Levels(pyramid), num_classes, anchor_generator=generator)
+        super().__init__(channels, detector, pool, finest, (score, nms, detections))
 
 
 class FCOS(Dense):
@@ -115,8 +122,5 @@ class FCOS(Dense):
             num_classes,
             anchor_generator=generator,
             center_sampling_radius=radius,
-            score_thresh=score,
-            nms_thresh=nms,
-            detections_per_img=detections,
         )
-        super().__init__(channels, detector, pool, finest)
+        super().__init__(channels, detector, pool, finest, (score, nms, detections))

@@ -77,6 +77,7 @@ class RCNN(nn.Module):
         )
         names = ["0", "1", "2", "3"]
         self.cascade = cascade
+        self.score, self.nms, self.detections = score, nms, detections
         self.stages = nn.ModuleList()
         self.weights = []
         for overlap, code, weight in CASCADE if cascade else CASCADE[:1]:
@@ -85,8 +86,8 @@ class RCNN(nn.Module):
                 predictor.bbox_pred = nn.Linear(width, 4)
             head = TwoMLPHead(pyramid * 49, width)
             pooler = MultiScaleRoIAlign(names, 7, 2)
-            last = (score, nms, detections)
-            self.stages.append(RoIHeads(pooler, head, predictor, overlap, overlap, 512, 0.25, code, *last))
+            # Its last three numbers are set anew by `detect`.
+            self.stages.append(RoIHeads(pooler, head, predictor, overlap, overlap, 512, 0.25, code, score, nms, 0))
             self.weights.append(weight)
         if masks:
             self.mask_pool = MultiScaleRoIAlign(names, 14, 2)
@@ -140,7 +141,9 @@ class RCNN(nn.Module):
         assert scores is not None
         every = deltas.expand(-1, self.classes + 1, -1) if self.cascade else deltas
         average = (scores / len(self.stages)).clamp(min=1e-12).log()  # the last stage takes the softmax of it
-        found = self.stages[-1].postprocess_detections(average, every.flatten(1), proposals, sizes)  # type: ignore[operator]
+        last: Any = self.stages[-1]
+        last.score_thresh, last.nms_thresh, last.detections_per_img = self.score, self.nms, self.detections
+        found = last.postprocess_detections(average, every.flatten(1), proposals, sizes)
         results = [{"boxes": b, "scores": s, "labels": x - 1} for b, s, x in zip(*found, strict=True)]
         if self.masks:
             x = self.mask_predictor(self.mask_head(self.mask_pool(features, found[0], sizes)))

@@ -1,0 +1,131 @@
+"""Boxes and polygons in YOLO's text files: a data.yaml, images/ and labels/.
+
+`python -m datamodules.yolo check data.yaml`
+"""
+
+import argparse
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import yaml
+
+from datamodules.box_checks import check_boxed, tell
+from datamodules.boxes import BoxData, Boxed
+from datamodules.checks import Report
+from datamodules.images import files_of
+from datamodules.mask_files import dims
+from datamodules.transforms import DataError
+
+
+class Yolo(BoxData):
+    """Labels of the Ultralytics tools and what exports to them.
+
+    A label file has a line an object: its class, then x and y of its centre, width and height, or the corners of its
+    outline; all as fractions of the image. It lies beside its image, or in `labels` where the path has `images`. An
+    image without one shows nothing.
+
+    Args:
+        root: the data.yaml (`path`, `train`, `val`, `test`, `names`), or its folder.
+        faulty: "error" refuses faulty lines, all at once; "drop" leaves them out and says how many.
+        **kwargs: see `BoxData`; `masks` wants outlines.
+
+    Raises:
+        DataError: if a file is missing or faulty, at construction or `setup`.
+    """
+
+    def __init__(self, root: str = "data/data.yaml", faulty: Literal["error", "drop"] = "error", **kwargs: Any) -> None:
+        self.file = Path(root) / "data.yaml" if Path(root).is_dir() else Path(root)
+        self.faulty = faulty
+        try:
+            self.content = yaml.safe_load(self.file.read_text())
+        except (OSError, yaml.YAMLError) as error:
+            raise DataError(f"{self.file}: not a readable data.yaml ({error})") from None
+        names = self.content.get("names") if isinstance(self.content, dict) else None
+        if isinstance(names, dict):
+            if sorted(names) != list(range(len(names))):
+                raise DataError(f"{self.file}: `names` must count from 0 without gaps, got {sorted(names)}")
+            names = [names[i] for i in range(len(names))]
+        if not names:
+            raise DataError(f"{self.file}: no `names`: the classes in the order of their numbers")
+        super().__init__([str(name) for name in names], **kwargs)
+
+    def images(self, split: str) -> list[Path]:
+        """The images of a split."""
+        given = self.content.get(split) or (self.content.get("val") if split == "test" else None)
+        if not given:
+            raise DataError(f"{self.file}: says nothing of {split}")
+        base = self.file.parent / (self.content.get("path") or "")
+        files = []
+        for part in [given] if isinstance(given, str) else given:
+            # Exports disagree on what "../train/images" starts from; what is there counts.
+            places = [base / part, self.file.parent / part, self.file.parent / str(part).removeprefix("../")]
+            place = next((p for p in places if p.exists()), None)
+            if place is None:
+                raise DataError(f"{self.file}: {split} names {part}, which is none of {', '.join(map(str, places))}")
+            files += files_of(str(place))
+        return sorted(files)
+
+    def instances(self, split: str) -> list[Boxed]:
+        report, found = Report(self.file), []
+        for number, image in enumerate(self.images(split), 1):
+            width, height = dims(image)
+            boxes, labels, outlines = [], [], []
+            for label, points in self.lines(label_file(image), report):
+                scaled = points.reshape(-1, 2) * (width, height)
+                corners = (scaled[0] - scaled[1] / 2, scaled[0] + scaled[1] / 2)
+                if len(scaled) > 2:
+                    corners = scaled.min(0), scaled.max(0)
+                boxes.append(np.concatenate(corners))
+                labels.append(label)
+                outlines.append([scaled.ravel()] if len(scaled) > 2 else None)
+            if self.masks and None in outlines:
+                report.add("boxes without an outline: masks cannot be learned (`masks: false`)", str(label_file(image)))
+            placed = np.array(boxes, np.float64).reshape(-1, 4)
+            crowd = np.zeros(len(boxes), bool)
+            found.append(Boxed(str(image), number, width, height, placed, np.array(labels, np.int64), crowd, outlines))
+        return check_boxed(found, report, self.faulty)
+
+    def lines(self, file: Path, report: Report) -> list[tuple[int, Any]]:
+        """Class and fractions of every sound line of a label file."""
+        found = []
+        for number, line in enumerate(file.read_text().splitlines() if file.is_file() else [], 1):
+            if not line.strip():
+                continue
+            where = f"{file}:{number}"
+            try:
+                label, *numbers = (float(x) for x in line.split())
+            except ValueError:
+                report.add("lines that are not numbers", where)
+                continue
+            points = np.array(numbers)
+            if len(numbers) != 4 and (len(numbers) < 6 or len(numbers) % 2):
+                report.add("lines that are not a class and 4 numbers, or a class and corners", where)
+            elif label != int(label) or not 0 <= label < self.num_classes:
+                report.add(f"classes other than 0 to {self.num_classes - 1}", f"{where} ({label:g})")
+            elif not (np.isfinite(points).all() and (points >= -0.01).all() and (points <= 1.01).all()):
+                report.add("numbers that are no fractions of the image (pixels?)", where)
+            else:
+                found.append((int(label), points))
+        return found
+
+
+def label_file(image: Path) -> Path:
+    """Where the labels of an image are: beside it, or in `labels` instead of the last `images` of its path."""
+    parts = list(image.with_suffix(".txt").parts)
+    if "images" in parts[:-1]:
+        parts[len(parts) - 2 - parts[-2::-1].index("images")] = "labels"
+    return Path(*parts)
+
+
+def main() -> None:
+    """`check`: report every fault of a data.yaml and its labels, and count the classes."""
+    parser = argparse.ArgumentParser(prog="python -m datamodules.yolo", description=main.__doc__)
+    check = parser.add_subparsers(required=True).add_parser("check")
+    check.add_argument("root", help="data.yaml, or its folder")
+    args = parser.parse_args()
+    tell(lambda: Yolo(args.root))
+
+
+if __name__ == "__main__":
+    main()
