@@ -47,6 +47,16 @@ def spelled_out(args: list[str]) -> list[str]:
     return ["--model.init_from.path" if a == "--model.init_from" else a for a in found]
 
 
+def taken(args: list[str], name: str) -> tuple[str | None, list[str]]:
+    """The value of an argument, None if it is not there, and the other arguments."""
+    for i, arg in enumerate(args):
+        if arg == name and i + 1 < len(args):
+            return args[i + 1], args[:i] + args[i + 2 :]
+        if arg.startswith(f"{name}="):
+            return arg.removeprefix(f"{name}="), args[:i] + args[i + 1 :]
+    return None, args
+
+
 def with_default_data(task: str, args: list[str]) -> list[str]:
     """`args` with the embedded data's configuration (to predict: the pictures') before them, if they name no data."""
     if not args or args[0].startswith("-") or any(a == "--data" or a.startswith("--data=") for a in args):

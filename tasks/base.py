@@ -91,6 +91,11 @@ class Task(L.LightningModule):
         self._hparams_name = "kwargs"
 
     @classmethod
+    def arguments(cls, args: list[str]) -> list[str]:
+        """The command line's, after what the task itself makes of them."""
+        return args
+
+    @classmethod
     def from_weights(cls, source: str, **settings: Any) -> Self:
         """A published checkpoint as a task, ready to predict: network, number of outputs and protocol are the file's.
 

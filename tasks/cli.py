@@ -291,7 +291,7 @@ def main(task: type[Task], args: list[str] | None = None) -> CLI:
         if given[:1] == ["export"]:
             export(task, given[1:])
             raise SystemExit
-        given = spelled_out(given)
+        given = task.arguments(spelled_out(given))
         sys.argv[1:] = with_default_data(name, given)
         return CLI(
             task,

@@ -3,6 +3,7 @@
 `python -m tasks.detection fit|validate|test|predict`
 """
 
+import json
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -11,13 +12,17 @@ from typing import Any, Literal
 import cv2
 import numpy as np
 import torch
+import yaml
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
+from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from pycocotools import mask as rle
 from torch import Tensor, nn
+from tqdm import tqdm
 
 from datamodules.box_ap import BoxAP, masks_of, on_images
 from datamodules.boxes import BoxDataset, Boxed, collate
 from datamodules.drawing import draw_boxes, write_text
+from datamodules.images import found_in, ids_of
 from datamodules.mask_files import distinct
 from datamodules.transforms import Array, DataError, read_upright
 from hrnet import PRESETS, HRNetConfig
@@ -25,7 +30,7 @@ from hrnet.checkpoints import WeightsError
 from hrnet.detectors.rcnn import RCNN
 from hrnet.weights import InitFrom
 from tasks.base import Task
-from tasks.cli import main
+from tasks.cli import check_checkpoint, find_checkpoint, main
 
 
 @dataclass(frozen=True)
@@ -106,6 +111,17 @@ class Detection(Task):
                 f"the detector has {'a' if masks else 'no'} mask head, but data.masks is {wanted}; set both"
             )
         super().setup(stage)
+
+    def on_fit_start(self) -> None:
+        data: Any = self.trainer.datamodule  # type: ignore[attr-defined]
+        optimizer = self.trainer.optimizers[0]
+        if isinstance(optimizer, torch.optim.SGD):
+            images = data.batch_size * self.trainer.world_size * self.trainer.accumulate_grad_batches
+            rate = optimizer.defaults["lr"]
+            rank_zero_info(
+                f"{images} images a step, learning rate {rate:g}; the official 0.02 is for 16 images, "
+                f"in proportion {0.02 * images / 16:g} for {images}"
+            )
 
     def train(self, mode: bool = True) -> "Detection":
         super().train(mode)
@@ -268,6 +284,41 @@ class Found(nn.Module):
             for mask in masks:
                 item["segmentation"] = mask["segmentation"]
         return items[0]
+
+
+def write_boxes(checkpoint: str, path: str, folder: Path) -> Path:
+    """Find people (all objects, if no class of the checkpoint is called so) in the pictures or the video of `path`, and
+    write their boxes as COCO results to a new file in `folder`.
+
+    Raises:
+        WeightsError: if `checkpoint` is none of a detection run; "last" and "best" are the newest run's.
+    """
+    if checkpoint in ("last", "best"):
+        checkpoint = str(find_checkpoint(folder.parent / "detection", checkpoint))
+    if "detector" not in check_checkpoint(Path(checkpoint)):
+        raise WeightsError(
+            f"{checkpoint}: not a checkpoint of a detection run; --detector wants one of tasks.detection"
+        )
+    model = Detection.load_from_checkpoint(checkpoint, map_location="cpu", weights_only=True)
+    if torch.accelerator.is_available():
+        model.to(torch.accelerator.current_accelerator())
+    several = yaml.safe_load(path)
+    files, video = found_in(several if isinstance(several, list) else path)
+    pictures = enumerate(video) if video is not None else zip(ids_of(files), files, strict=True)  # type: ignore[arg-type, var-annotated]
+    wanted = {"person"} & set(model.class_names) or set(model.class_names)
+    items = []
+    for image_id, picture in tqdm(pictures, total=len(video or files), desc="detecting", unit="image"):
+        found = model.infer(picture)
+        for box, score, name in zip(found["boxes"].tolist(), found["scores"].tolist(), found["names"], strict=True):
+            if name in wanted:
+                place = [*box[:2], box[2] - box[0], box[3] - box[1]]
+                items.append({"image_id": image_id, "category_id": 1, "bbox": place, "score": score})
+    folder.mkdir(parents=True, exist_ok=True)
+    number = len([*folder.glob("boxes_*.json")])
+    file = folder / f"boxes_{number}.json"
+    file.write_text(json.dumps(items))
+    print(f"{len(items)} boxes in {len(video or files)} images: {file}", flush=True)
+    return file
 
 
 def shown(names: Sequence[str]) -> str:

@@ -23,8 +23,10 @@ from hrnet.codecs import Heatmap
 from hrnet.heads import HRNetV1
 from hrnet.losses import JointsMSE
 from hrnet.weights import InitFrom
+from tasks.arguments import SettingError, taken
 from tasks.base import Task, plain
 from tasks.cli import main
+from tasks.detection import write_boxes
 
 COCO = Keypoints(
     names=[
@@ -105,6 +107,19 @@ class Pose(Task):
         self.size, self.padding, self.udp = (size[0], size[1]), padding, udp
         index = torch.tensor(self.skeleton_facts.flip_index)
         self.register_buffer("flip_index", index, persistent=False)
+
+    @classmethod
+    def arguments(cls, args: list[str]) -> list[str]:
+        """`predict --detector CHECKPOINT` finds the people first, by a run of tasks.detection."""
+        detector, rest = taken(args, "--detector")
+        if detector is None:
+            return args
+        path, _ = taken(rest, "--data.path")
+        if rest[:1] != ["predict"] or path is None:
+            raise SettingError("--detector goes with `predict --data.path PHOTOS`; to evaluate, give --data.boxes")
+        threshold = [] if taken(rest, "--data.box_threshold")[0] else ["--data.box_threshold=0.3"]
+        root = taken(rest, "--trainer.default_root_dir")[0] or "runs"
+        return [*rest, f"--data.boxes={write_boxes(detector, path, Path(root) / 'pose')}", *threshold]
 
     def heatmaps(self, features: list[Tensor]) -> Tensor:
         """The head's output `[B, K, h, w]`, in fp32 under mixed precision too: decoding wants more digits than bf16."""

@@ -17,6 +17,7 @@ from test_mask_sets import coco as coco_stuff
 
 from datamodules.ade20k import Ade20k
 from datamodules.cityscapes import Cityscapes
+from datamodules.coco_instances import CocoInstances
 from datamodules.coco_keypoints import CocoKeypoints
 from datamodules.coco_stuff import CocoStuff
 from datamodules.image_folder import ImageFolder
@@ -24,6 +25,7 @@ from datamodules.lip import Lip
 from datamodules.mask_folder import MaskFolder
 from datamodules.mpii import Mpii
 from datamodules.pascal_context import PascalContext
+from datamodules.pascal_voc import PascalVoc
 from hrnet import PRESETS, HRNetConfig
 from hrnet.heads import OCR, HRNetV2
 from hrnet.losses import OHEM, CrossEntropy
@@ -102,7 +104,43 @@ def mask_folder(root):
             pair(root / f"images/{split}/{i}.jpg", root / f"masks/{split}/{i}.png", range(12), i)
 
 
+SCALE = ["--data.shorter=64", "--data.longer=96", "--model.norm_eval=false"]  # its weights are not here
+
+
+def instances(data, config, root):
+    """The drawn things, where the configuration says."""
+    facts = {name: p.default for name, p in signature(CocoInstances).parameters.items()}
+    places = facts | config["data"]["init_args"]
+    source = data.folder / "annotations/instances_val.json"
+    for split in ("train", "val", "test"):
+        if places[split] is None:
+            continue
+        (root / places[split]).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(source, root / places[split])
+        images = places[f"{split}_images"] or places["val_images"]
+        shutil.copytree(data.file("val").images, root / images, dirs_exist_ok=True)
+    return SCALE
+
+
+def voc(data, config, root):
+    """Two pictures of each year with a car in it."""
+    for year, splits in (("VOC2007", ("trainval", "test")), ("VOC2012", ("trainval",))):
+        for folder in ("Annotations", "JPEGImages", "ImageSets/Main"):
+            (root / year / folder).mkdir(parents=True)
+        for i in (0, 1):
+            shutil.copy(data.file("val").images / f"{i:06d}.jpg", root / year / "JPEGImages")
+            (root / year / f"Annotations/{i:06d}.xml").write_text(
+                "<annotation><object><name>car</name><bndbox><xmin>20</xmin><ymin>30</ymin><xmax>150</xmax>"
+                "<ymax>120</ymax></bndbox></object></annotation>"
+            )
+        for split in splits:
+            (root / year / f"ImageSets/Main/{split}.txt").write_text("000000\n000001\n")
+    return SCALE
+
+
 LAYOUTS = {
+    "CocoInstances": instances,
+    "PascalVoc": voc,
     "CocoKeypoints": coco,
     "Mpii": mpii,
     "ImageFolder": image_folder,
@@ -136,6 +174,9 @@ def test_recipe(path, rendered, tmp_path, monkeypatch):
     assert run.trainer.global_step == 1
     loss, batch = run.trainer.callback_metrics["train/loss"], next(iter(run.datamodule.train_dataloader()))
     assert loss.isfinite()
+    if path.parent.name == "detection":
+        assert np.isfinite(run.trainer.callback_metrics["val/AP"])
+        return
     size = SMALL if f"--data.size={SMALL}" in data else config["data"]["init_args"]["size"]
     assert batch["image"].shape[-2:] == (tuple(size) if isinstance(size, list) else (size, size))
     for key in ("lr", "weight_decay"):  # what the recipe says is what the optimiser has
@@ -201,6 +242,51 @@ def test_published_segmentation_recipes(name):
     assert HRNetConfig(**backbone | {"bn_momentum": 0.1}) == PRESETS[name[name.index("w") :].removesuffix("_ocr")]
 
 
+DETECTION = {  # width, epochs, milestones, lr, then detector
+    "coco_faster_w18": (18, 12, [8, 11], 0.02, {}),
+    "coco_faster_w32": (32, 12, [8, 11], 0.02, {}),
+    "coco_faster_w48": (48, 12, [8, 11], 0.02, {}),
+    "coco_mask_w18": (18, 12, [8, 11], 0.02, {"masks": True}),
+    "coco_mask_w32": (32, 12, [8, 11], 0.02, {"masks": True}),
+    "coco_cascade_w32": (32, 20, [16, 19], 0.02, {"cascade": True}),
+    "coco_cascade_mask_w32": (32, 20, [16, 19], 0.02, {"cascade": True, "masks": True}),
+    "coco_fcos_w18": (18, 24, [16, 22], 0.01, {}),
+    "coco_fcos_w32": (32, 24, [16, 22], 0.01, {}),
+}
+
+
+@pytest.mark.parametrize("name", DETECTION)
+def test_published_detection_recipes(name):
+    path, default = (
+        CONFIGS / "detection" / f"{name}.yaml",
+        yaml.safe_load((CONFIGS / "detection/default.yaml").read_text()),
+    )
+    text, config = path.read_text(), yaml.safe_load(path.read_text())
+    model = default["model"] | config["model"]
+    epochs = (default["trainer"] | config.get("trainer", {}))["max_epochs"]
+    milestones, detector = model["lr_scheduler"]["init_args"]["milestones"], model["detector"]
+    optimizer = model["optimizer"]["init_args"]
+    said = (model["backbone"]["width"], epochs, milestones, optimizer["lr"], detector.get("init_args", {}))
+    assert said == DETECTION[name]
+    assert (optimizer["momentum"], optimizer["weight_decay"], model["norm_eval"]) == (0.9, 0.0001, True)
+    assert detector["class_path"].endswith("FCOS" if "fcos" in name else "RCNN")
+    assert config["data"]["init_args"].get("masks", False) == ("mask" in name)
+    assert text.startswith(f"# python -m tasks.detection fit -c configs/detection/{name}.yaml --data.root data/coco ")
+    assert f"--model.optimizer.lr {optimizer['lr'] / 8:g})" in text
+
+
 def test_layouts_are_of_data_modules():
-    modules = (CocoKeypoints, Mpii, ImageFolder, MaskFolder, Cityscapes, PascalContext, Lip, Ade20k, CocoStuff)
+    modules = (
+        CocoInstances,
+        PascalVoc,
+        CocoKeypoints,
+        Mpii,
+        ImageFolder,
+        MaskFolder,
+        Cityscapes,
+        PascalContext,
+        Lip,
+        Ade20k,
+        CocoStuff,
+    )
     assert {module.__name__ for module in modules} == LAYOUTS.keys()

@@ -52,15 +52,18 @@ def make(kind, seed=0, **more):
 
 
 @pytest.mark.parametrize(
-    ("preset", "neck", "mask", "cascade"),
-    [("w18", 12_582_036, 30.1, 55.1), ("w32", 32_379_072, 49.9, 74.9)],
+    ("preset", "neck", "mask", "cascade", "both", "fcos"),
+    [("w18", 12_582_036, 30.1, 55.1, 63.1, 17.5), ("w32", 32_379_072, 49.9, 74.9, 82.9, 37.3)],
 )
-def test_published_sizes(preset, neck, mask, cascade):
-    """Of backbone and neck; millions of Mask and of Cascade R-CNN as the paper counts them."""
+def test_published_sizes(preset, neck, mask, cascade, both, fcos):
+    """Of backbone and neck; and in millions, as the paper counts them, of whole detectors."""
     backbone = HRNet(preset)
     assert parameters(backbone, RCNN(backbone.channels, 80).neck) == neck
     assert round(parameters(backbone, RCNN(backbone.channels, 80, masks=True)) / 1e6, 1) == mask
     assert round(parameters(backbone, RCNN(backbone.channels, 80, cascade=True)) / 1e6, 1) == cascade
+    whole = parameters(backbone, RCNN(backbone.channels, 80, masks=True, cascade=True))
+    assert round(whole / 1e6, 1) == both
+    assert round(parameters(backbone, FCOS(backbone.channels, 80)) / 1e6, 1) == fcos
 
 
 @pytest.mark.parametrize("bf16", [False, True])

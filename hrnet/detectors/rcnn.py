@@ -43,7 +43,8 @@ class RCNN(nn.Module):
         channels: of the backbone's four maps.
         num_classes: without a background.
         masks: whether to segment the instances too.
-        cascade: three stages (0.5, 0.6, 0.7) with class-agnostic boxes instead of one (arXiv 1712.00726).
+        cascade: three stages (0.5, 0.6, 0.7) with class-agnostic boxes instead of one (arXiv 1712.00726); each with a
+            mask head of its own, whose masks are averaged.
         anchors: size of the anchors on the finest level, pixels; each of the five levels doubles it.
         pool: of the pyramid, see `HRNetV2p`.
         pyramid, width: channels of the pyramid, and of the box heads.
@@ -89,11 +90,13 @@ class RCNN(nn.Module):
             # Its last three numbers are set anew by `detect`.
             self.stages.append(RoIHeads(pooler, head, predictor, overlap, overlap, 512, 0.25, code, score, nms, 0))
             self.weights.append(weight)
+        self.masks = masks
         if masks:
             self.mask_pool = MultiScaleRoIAlign(names, 14, 2)
-            self.mask_head = MaskRCNNHeads(pyramid, (256,) * 4, 1)
-            self.mask_predictor = MaskRCNNPredictor(256, 256, num_classes)
-        self.masks = masks
+            self.mask_heads = nn.ModuleList(
+                nn.Sequential(MaskRCNNHeads(pyramid, (256,) * 4, 1), MaskRCNNPredictor(256, 256, num_classes))
+                for _ in self.stages
+            )
 
     def loss(self, maps: list[Tensor], batch: Any) -> dict[str, Tensor]:
         """Named losses, in training mode.
@@ -107,11 +110,9 @@ class RCNN(nn.Module):
         targets = [{"boxes": b, "labels": x + 1} for b, x in zip(batch["boxes"], batch["labels"], strict=True)]
         proposals, found = self.rpn(images, features, targets)
         losses = {"objectness": found["loss_objectness"], "proposal": found["loss_rpn_box_reg"]}
-        kept: Any = None
         for i, (stage, weight) in enumerate(zip(self.stages, self.weights, strict=True)):
             name = f"_{i + 1}" if self.cascade else ""
             proposals, matched, labels, goals = stage.select_training_samples(proposals, targets)  # type: ignore[operator]
-            kept = kept or (proposals, matched, labels)
             logits, deltas = self.look(stage, features, proposals, images.image_sizes)
             label, goal = torch.cat(labels), torch.cat(goals)
             losses[f"class{name}"] = weight * F.cross_entropy(logits, label)
@@ -119,10 +120,11 @@ class RCNN(nn.Module):
             chosen = deltas[object_, 0 if self.cascade else label[object_]]
             box = F.smooth_l1_loss(chosen, goal[object_], beta=1.0, reduction="sum") / max(1, label.numel())
             losses[f"box{name}"] = weight * box
+            if self.masks:
+                sampled = proposals, matched, labels
+                losses[f"mask{name}"] = weight * self.mask_loss(i, features, images.image_sizes, batch, *sampled)
             if i + 1 < len(self.stages):
                 proposals = self.refined(stage, deltas, proposals, images.image_sizes)
-        if self.masks:
-            losses["mask"] = self.mask_loss(features, images.image_sizes, batch, *kept)
         return losses
 
     def detect(self, maps: list[Tensor], batch: Any) -> list[dict[str, Tensor]]:
@@ -146,10 +148,10 @@ class RCNN(nn.Module):
         found = last.postprocess_detections(average, every.flatten(1), proposals, sizes)
         results = [{"boxes": b, "scores": s, "labels": x - 1} for b, s, x in zip(*found, strict=True)]
         if self.masks:
-            x = self.mask_predictor(self.mask_head(self.mask_pool(features, found[0], sizes)))
-            masks = maskrcnn_inference(x.float(), [r["labels"] for r in results])
-            for result, mask in zip(results, masks, strict=True):
-                result["masks"] = mask[:, 0]
+            x, labels = self.mask_pool(features, found[0], sizes), [r["labels"] for r in results]
+            each = [maskrcnn_inference(head(x).float(), labels) for head in self.mask_heads]
+            for result, *masks in zip(results, *each, strict=True):
+                result["masks"] = torch.stack(masks).mean(0)[:, 0]
         return results
 
     def pyramid(self, maps: list[Tensor]) -> OrderedDict[str, Tensor]:
@@ -169,6 +171,7 @@ class RCNN(nn.Module):
 
     def mask_loss(
         self,
+        stage: int,
         features: Any,
         sizes: Any,
         batch: Any,
@@ -176,11 +179,11 @@ class RCNN(nn.Module):
         matched: list[Tensor],
         labels: list[Tensor],
     ) -> Tensor:
-        """Of the first stage's objects."""
+        """Of the proposals that a stage took for objects."""
         where = [torch.where(label > 0)[0] for label in labels]
         boxes = [b[i] for b, i in zip(proposals, where, strict=True)]
         of = [m[i] for m, i in zip(matched, where, strict=True)]
-        logits = self.mask_predictor(self.mask_head(self.mask_pool(features, boxes, sizes)))
+        logits = self.mask_heads[stage](self.mask_pool(features, boxes, sizes))
         truth = [label - 1 for label in batch["labels"]]
         return maskrcnn_loss(logits.float(), boxes, batch["masks"], truth, of)
 
