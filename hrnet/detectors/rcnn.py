@@ -35,9 +35,9 @@ class Proposals(RPNHead):
 class RCNN(nn.Module):
     """Faster R-CNN, and with `masks` Mask R-CNN; with `cascade` each in three stages of rising overlap.
 
-    Settings that have no field are the official ones (det/configs/hrnet): proposals by overlap 0.7 / 0.3, 256 sampled,
-    2,000 kept; 512 of them sampled in each stage, a quarter of them objects; RoIAlign 7x7 (masks 14x14) of strides 4 to
-    32, two layers of `width`.
+    Settings that have no field are the official ones (det/configs/hrnet): anchors matched by overlap 0.7 / 0.3 and 256
+    of them sampled; a quarter of the boxes sampled in each stage are objects; RoIAlign 7x7 (masks 14x14) of strides 4
+    to 32.
 
     Args:
         channels: of the backbone's four maps.
@@ -47,7 +47,9 @@ class RCNN(nn.Module):
             mask head of its own, whose masks are averaged.
         anchors: size of the anchors on the finest level, pixels; each of the five levels doubles it.
         pool: of the pyramid, see `HRNetV2p`.
-        pyramid, width: channels of the pyramid, and of the box heads.
+        pyramid, width: channels of the pyramid, and of the two layers of each box head.
+        proposals: how many are kept of each level, and of them all, after suppression.
+        sampled: boxes of an image that each stage learns from.
         score, nms, detections: least score, overlap of suppression, and number of what is put out.
     """
 
@@ -63,6 +65,8 @@ class RCNN(nn.Module):
         pool: Literal["average", "max"] = "average",
         pyramid: int = 256,
         width: int = 1024,
+        proposals: int = 2000,
+        sampled: int = 512,
         score: float = 0.05,
         nms: float = 0.5,
         detections: int = 100,
@@ -72,9 +76,9 @@ class RCNN(nn.Module):
         self.classes = num_classes
         sizes = tuple((int(anchors * 2**i),) for i in range(5))
         generator = AnchorGenerator(sizes, ((0.5, 1.0, 2.0),) * 5)
-        proposals = {"training": 2000, "testing": 2000}
+        kept = {"training": proposals, "testing": proposals}
         self.rpn = RegionProposalNetwork(
-            generator, Proposals(pyramid, 3), 0.7, 0.3, 256, 0.5, proposals, proposals, 0.7, score_thresh=0.0
+            generator, Proposals(pyramid, 3), 0.7, 0.3, 256, 0.5, kept, kept, 0.7, score_thresh=0.0
         )
         names = ["0", "1", "2", "3"]
         self.cascade = cascade
@@ -88,7 +92,7 @@ class RCNN(nn.Module):
             head = TwoMLPHead(pyramid * 49, width)
             pooler = MultiScaleRoIAlign(names, 7, 2)
             # Its last three numbers are set anew by `detect`.
-            self.stages.append(RoIHeads(pooler, head, predictor, overlap, overlap, 512, 0.25, code, score, nms, 0))
+            self.stages.append(RoIHeads(pooler, head, predictor, overlap, overlap, sampled, 0.25, code, score, nms, 0))
             self.weights.append(weight)
         self.masks = masks
         if masks:
