@@ -2,7 +2,7 @@
 PYTHON ?= python3
 PY := .venv/bin/python
 
-.PHONY: demo test lint smoke-configs camvid clean
+.PHONY: demo test lint smoke-configs camvid bccd pennfudan overfit clean
 
 demo: .venv/done  ## learn human pose from drawn scenes: a few minutes on a laptop's CPU
 	$(PY) -m tasks.pose fit
@@ -23,6 +23,16 @@ camvid: .venv/done  ## train on CamVid below DATA (90 minutes on one CPU core), 
 	$(PY) -m tasks.segmentation fit -c configs/segmentation/camvid.yaml --data.root $(DATA)/camvid
 	$(PY) -m tasks.segmentation test -c configs/segmentation/camvid.yaml --data.root $(DATA)/camvid --ckpt_path best \
 	    --model.evaluation.flip true --model.evaluation.scales '[0.75, 1.0, 1.25]'
+
+bccd: .venv/done  ## train on the blood cells below DATA, then judge the best epoch on test, once
+	$(PY) -m tasks.detection fit -c configs/detection/bccd.yaml --data.root $(DATA)/bccd
+	$(PY) -m tasks.detection test -c configs/detection/bccd.yaml --data.root $(DATA)/bccd --ckpt_path best
+
+pennfudan: .venv/done  ## train on the pedestrians below DATA, boxes and masks
+	$(PY) -m tasks.detection fit -c configs/detection/pennfudan.yaml --data.root $(DATA)/pennfudan
+
+overfit: .venv/done  ## every detector learns eight pictures of DATA/coco-sample by heart
+	$(PY) benchmarks/overfit.py $(DATA)/coco-sample
 
 clean:  ## removes what the targets above made, but no runs: those are yours
 	rm -rf .venv .pytest_cache .ruff_cache .mypy_cache .hypothesis .coverage *.egg-info build
