@@ -19,7 +19,7 @@ smoke-configs: .venv/done  ## build every config of the project and push one fak
 	$(PY) -m pytest -q tests/test_configs.py
 
 DATA ?= data
-camvid: .venv/done  ## train on CamVid below DATA (90 minutes on one CPU core), then judge the best epoch on test, once
+camvid: .venv/done  ## train on CamVid below DATA (an hour on two CPU cores), then judge the best epoch on test, once
 	$(PY) -m tasks.segmentation fit -c configs/segmentation/camvid.yaml --data.root $(DATA)/camvid
 	$(PY) -m tasks.segmentation test -c configs/segmentation/camvid.yaml --data.root $(DATA)/camvid --ckpt_path best \
 	    --model.evaluation.flip true --model.evaluation.scales '[0.75, 1.0, 1.25]'

@@ -6,6 +6,7 @@ import sys
 
 import pytest
 
+from tasks.detection import Detection
 from tasks.segmentation import Segmentation
 
 TWO = ["--trainer.devices=2", "--trainer.strategy=ddp"]
@@ -38,3 +39,32 @@ def test_two_processes_fit_and_count_every_picture_once(options, cli, tmp_path):
     judged = {k for k in one if k.startswith("val/") and k != "val/loss"}  # the loss is Lightning's mean of two means
     assert len(judged) > 10
     assert {k: both[k] for k in judged} == {k: one[k] for k in judged}
+
+
+def test_two_processes_detect_in_equal_batches(cache, cli, tmp_path):
+    """Upright and lying pictures go apart; still no process has a batch more than the other, or it would wait."""
+    options = {
+        "data.root": cache,
+        "data.train": 12,
+        "data.val": 6,
+        "data.batch_size": 2,
+        "data.eval_batch_size": 4,
+        "data.workers": 0,
+        "model.detector.pyramid": 16,
+        "model.detector.width": 32,
+        "trainer.max_epochs": 1,
+        "trainer.accelerator": "cpu",
+        "trainer.precision": "32-true",
+        "trainer.enable_progress_bar": "false",
+    }
+    given = [f"--{k}={v}" for k, v in options.items()] + [BACKBONE]
+    command = [sys.executable, "-m", "tasks.detection", "fit", *given, *TWO]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
+    folder = tmp_path / "runs/detection/version_0"
+    alone = cli(tmp_path, "validate", *given, f"--ckpt_path={folder / 'checkpoints/last.ckpt'}", task=Detection)
+    both, one = numbers(folder), numbers(alone.folder)
+    assert "3 steps" in done.stdout
+    judged = {k for k in one if k.startswith("val/")}
+    assert len(judged) >= 12
+    assert {k: float(both[k]) for k in judged} == pytest.approx({k: float(one[k]) for k in judged}, abs=1e-5)
