@@ -152,6 +152,8 @@ def main(kind: type[Task], args: list[str]) -> None:
 
         path = str(find_checkpoint(Path("runs") / name.rsplit(".", 1)[-1], path))
     task = kind.from_weights(path)
+    if hasattr(task.head, "detect"):
+        raise WeightsError(f"{path}: a detector is no single network to export, boxes are chosen between its parts")
     error = export(task, given.out)
     size = Path(given.out).stat().st_size / 2**20
     print(f"{given.out}: {size:.1f} MiB, differs from the checkpoint by {error:.1e} at most")

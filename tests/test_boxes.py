@@ -147,6 +147,20 @@ def test_crowds_are_judged_but_not_learned(tmp_path):
     assert sum(a["iscrowd"] for a in data.metric("val").truth["annotations"]) == 1
 
 
+@pytest.mark.parametrize("empty", [False, True])
+def test_an_image_of_crowds_alone(empty, tmp_path):
+    def change(c):
+        c["annotations"][0].update(iscrowd=1, image_id=9)
+
+    data = coco(tmp_path, change, empty=empty, masks=True)
+    data.setup("fit")
+    assert [i.image_id for i in data.datasets["train"].instances] == ([5, 9] if empty else [5])
+    if empty:
+        sample = data.datasets["train"][1]
+        assert sample["boxes"].shape == (0, 4)
+        assert sample["masks"].shape == (0, *SIZE)
+
+
 def white(image):
     """Boxes around what is white, from left to right."""
     _, _, stats, _ = cv2.connectedComponentsWithStats((image[0].numpy() > 127).astype(np.uint8))

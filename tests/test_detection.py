@@ -19,7 +19,9 @@ from hrnet import HRNetConfig
 from hrnet.checkpoints import WeightsError
 from hrnet.detectors.centernet import CenterNet
 from hrnet.detectors.rcnn import RCNN
+from tasks.arguments import SettingError
 from tasks.detection import Detection
+from tasks.pose import Pose
 
 TINY = HRNetConfig(8, modules=(1, 1, 1), blocks=1, stem=(1, 16))
 NETWORK = [
@@ -112,6 +114,52 @@ def test_predict_a_folder(masked, cli, tmp_path):
         assert rle.decode(item["segmentation"]).shape == image.shape[:2]
     assert {p.name for p in (run.folder / "predictions").glob("*.jpg")} == {"000000.jpg", "000001.jpg", "upright.jpg"}
     assert run.trainer.datamodule.shorter == 120  # as it was trained
+
+
+def test_predict_a_video(masked, cli, tmp_path):
+    folder, fitted = masked
+    source = fitted.trainer.datamodule.folder / "val"
+    writer = cv2.VideoWriter(str(tmp_path / "a.mp4"), cv2.VideoWriter.fourcc(*"mp4v"), 10, (320, 240))
+    for i in (0, 1, 2):
+        writer.write(cv2.imread(str(source / f"{i:06d}.jpg")))
+    writer.release()
+    options = ["--ckpt_path=last", f"--data.path={tmp_path / 'a.mp4'}", "--data.workers=1"]
+    run = cli(folder, "predict", *options, "--model.evaluation.score=0.01", task=Detection)
+    items = json.loads((run.folder / "predictions/results.json").read_text())
+    assert {item["image_id"] for item in items} == {0, 1, 2}
+    assert cv2.VideoCapture(str(run.folder / "predictions/overlay.mp4")).get(cv2.CAP_PROP_FRAME_COUNT) == 3
+
+
+def test_people_are_found_before_their_poses(masked, cli, small, tmp_path):
+    """One command: boxes of the detector are what the pose network crops."""
+    folder, fitted = masked
+    cli(folder, "fit", *small, NETWORK[0], "--trainer.max_epochs=1", "--trainer.limit_train_batches=1", task=Pose)
+    photos = tmp_path / "photos"
+    photos.mkdir()
+    for i in (0, 1):
+        shutil.copy(fitted.trainer.datamodule.folder / f"val/{i:06d}.jpg", photos)
+    options = ["--ckpt_path=last", f"--data.path={photos}", "--data.workers=0"]
+    run = cli(folder, "predict", *options, "--detector=last", "--data.box_threshold=0.0501", task=Pose)
+    boxes = json.loads((folder / "runs/pose/boxes_0.json").read_text())
+    detector = Detection.load_from_checkpoint(fitted.folder / "checkpoints/last.ckpt", weights_only=True)
+    found = detector.infer(photos / "000000.jpg")
+    assert {b["category_id"] for b in boxes} == {1}
+    assert sum(b["image_id"] == 0 for b in boxes) == found["names"].count("person")
+    taken = [b for b in boxes if b["score"] >= 0.0501]
+    assert len(run.trainer.datamodule.datasets["predict"]) == len(taken) > 0
+    assert json.loads((run.folder / "predictions/results.json").read_text())
+
+
+def test_a_detector_is_for_prediction_and_of_detection(masked, cli, small, monkeypatch):
+    folder, _ = masked
+    monkeypatch.setenv("HRNET_TRACEBACK", "1")
+    with pytest.raises(SettingError, match="predict"):
+        cli(folder, "fit", *small, "--detector=last", task=Pose)
+    checkpoint = folder / "runs/pose/version_0/checkpoints/last.ckpt"
+    with pytest.raises(WeightsError, match="not a checkpoint of a detection run"):
+        cli(folder, "predict", f"--detector={checkpoint}", "--data.path=photos", task=Pose)
+    with pytest.raises(WeightsError, match="detector is no single network"):
+        cli(folder, "export", folder / "runs/detection/version_0/checkpoints/last.ckpt", "out.onnx", task=Detection)
 
 
 def test_infer_is_predict(masked, cli):
