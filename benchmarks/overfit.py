@@ -31,7 +31,7 @@ KINDS = {
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("root")
-    parser.add_argument("--steps", type=int, default=400)
+    parser.add_argument("--steps", type=int, default=300)
     parser.add_argument("--only", nargs="*", default=list(KINDS))
     args = parser.parse_args()
     root = Path(args.root).resolve()
@@ -60,10 +60,10 @@ def main() -> None:
                     "--model.backbone=w18_small_v1",
                     f"--model.detector=hrnet.detectors.{detector}",
                     "--model.detector.pyramid=128",
-                    *more,
                     "--model.optimizer={class_path: torch.optim.AdamW, init_args: {lr: 0.001, weight_decay: 0}}",
                     "--model.lr_scheduler={class_path: tasks.schedules.WarmupCosine, init_args: {warmup: 20}}",
                     "--data=datamodules.coco_instances.CocoInstances",
+                    *more,
                     f"--data.root={root}",
                     f"--data.train={file}",
                     f"--data.val={file}",

@@ -106,6 +106,16 @@ def test_detections_lie_in_their_images(kind):
             assert 0 <= result["masks"].min() <= result["masks"].max() <= 1
 
 
+@pytest.mark.parametrize("kind", ["mask", "cascade mask"])
+def test_masks_are_learned_where_they_are_read(kind):
+    """In the channel of the object's own class: 0 and 3 of five."""
+    backbone, detector = make(kind)
+    losses = detector.loss(backbone(torch.randn(2, 3, 128, 160)), make_batch())
+    sum(v for k, v in losses.items() if k.startswith("mask")).backward()
+    learned = detector.mask_heads[0][1].mask_fcn_logits.bias.grad != 0
+    assert learned.nonzero().flatten().tolist() == [0, 3]
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_images_without_objects(kind):
     backbone, detector = make(kind)

@@ -188,8 +188,7 @@ class RCNN(nn.Module):
         boxes = [b[i] for b, i in zip(proposals, where, strict=True)]
         of = [m[i] for m, i in zip(matched, where, strict=True)]
         logits = self.mask_heads[stage](self.mask_pool(features, boxes, sizes))
-        truth = [label - 1 for label in batch["labels"]]
-        return maskrcnn_loss(logits.float(), boxes, batch["masks"], truth, of)
+        return maskrcnn_loss(logits.float(), boxes, batch["masks"], batch["labels"], of)
 
 
 def image_list(batch: Any) -> ImageList:
