@@ -312,6 +312,10 @@ def write_boxes(checkpoint: str, path: str, folder: Path) -> Path:
             if name in wanted:
                 place = [*box[:2], box[2] - box[0], box[3] - box[1]]
                 items.append({"image_id": image_id, "category_id": 1, "bbox": place, "score": score})
+    if not items:
+        raise DataError(
+            f"{checkpoint}: found no {' or '.join(sorted(wanted))} in {path}; is it trained for such pictures?"
+        )
     folder.mkdir(parents=True, exist_ok=True)
     number = len([*folder.glob("boxes_*.json")])
     file = folder / f"boxes_{number}.json"

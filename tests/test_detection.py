@@ -27,6 +27,8 @@ TINY = HRNetConfig(8, modules=(1, 1, 1), blocks=1, stem=(1, 16))
 NETWORK = [
     "--model.backbone={width: 8, modules: [1, 1, 1], blocks: 1, stem: [1, 16]}",
     "--model.detector.pyramid=16",
+    "--model.detector.proposals=200",
+    "--model.detector.sampled=32",
 ]
 
 
@@ -138,16 +140,36 @@ def test_people_are_found_before_their_poses(masked, cli, small, tmp_path):
     photos.mkdir()
     for i in (0, 1):
         shutil.copy(fitted.trainer.datamodule.folder / f"val/{i:06d}.jpg", photos)
-    options = ["--ckpt_path=last", f"--data.path={photos}", "--data.workers=0"]
-    run = cli(folder, "predict", *options, "--detector=last", "--data.box_threshold=0.0501", task=Pose)
+    checkpoint = torch.load(fitted.folder / "checkpoints/last.ckpt", weights_only=True)
+    checkpoint["state_dict"]["head.stages.0.box_predictor.cls_score.bias"][1] += 3  # sees people everywhere
+    torch.save(checkpoint, tmp_path / "people.ckpt")
+    options = ["--ckpt_path=last", f"--data.path={photos}", "--data.workers=0", "--data.box_threshold=0.0501"]
+    run = cli(folder, "predict", *options, f"--detector={tmp_path / 'people.ckpt'}", task=Pose)
     boxes = json.loads((folder / "runs/pose/boxes_0.json").read_text())
-    detector = Detection.load_from_checkpoint(fitted.folder / "checkpoints/last.ckpt", weights_only=True)
+    detector = Detection.load_from_checkpoint(tmp_path / "people.ckpt", weights_only=True)
     found = detector.infer(photos / "000000.jpg")
     assert {b["category_id"] for b in boxes} == {1}
     assert sum(b["image_id"] == 0 for b in boxes) == found["names"].count("person")
     taken = [b for b in boxes if b["score"] >= 0.0501]
     assert len(run.trainer.datamodule.datasets["predict"]) == len(taken) > 0
     assert json.loads((run.folder / "predictions/results.json").read_text())
+
+
+def test_a_detector_that_sees_nobody(masked, cli, tmp_path, monkeypatch):
+    folder, _ = masked
+    monkeypatch.setenv("HRNET_TRACEBACK", "1")
+    cv2.imwrite(str(tmp_path / "grey.png"), np.full((90, 50, 3), 127, np.uint8))
+    checkpoint = torch.load(folder / "runs/detection/version_0/checkpoints/last.ckpt", weights_only=True)
+    checkpoint["state_dict"]["head.stages.0.box_predictor.cls_score.bias"][0] += 30
+    torch.save(checkpoint, tmp_path / "blind.ckpt")
+    with pytest.raises(DataError, match=r"found no person in .*grey\.png"):
+        cli(
+            folder,
+            "predict",
+            f"--data.path={tmp_path / 'grey.png'}",
+            f"--detector={tmp_path / 'blind.ckpt'}",
+            task=Pose,
+        )
 
 
 def test_a_detector_is_for_prediction_and_of_detection(masked, cli, small, monkeypatch):

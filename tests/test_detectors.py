@@ -13,11 +13,12 @@ from hrnet.detectors.dense import FCOS, RetinaNet
 from hrnet.detectors.rcnn import RCNN
 
 TINY = HRNetConfig(8, modules=(1, 1, 1), blocks=1, stem=(1, 16))
+SMALL = {"proposals": 200, "sampled": 64}
 KINDS = {
-    "faster": (RCNN, {"width": 64}),
-    "mask": (RCNN, {"width": 64, "masks": True}),
-    "cascade": (RCNN, {"width": 64, "cascade": True}),
-    "cascade mask": (RCNN, {"width": 64, "cascade": True, "masks": True}),
+    "faster": (RCNN, SMALL | {"width": 64}),
+    "mask": (RCNN, SMALL | {"width": 64, "masks": True}),
+    "cascade": (RCNN, SMALL | {"width": 64, "cascade": True}),
+    "cascade mask": (RCNN, SMALL | {"width": 64, "cascade": True, "masks": True}),
     "retinanet": (RetinaNet, {"anchors": 16, "finest": 4}),
     "fcos": (FCOS, {}),
     "fcos from stride 4": (FCOS, {"finest": 4}),

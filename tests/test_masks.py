@@ -683,7 +683,7 @@ def test_photos_of_a_video(tmp_path):
 
 
 def test_photos_of_nothing(tmp_path):
-    with pytest.raises(DataError, match=rf"{tmp_path}: no picture found \(of .*\.jpg"):
+    with pytest.raises(DataError, match=rf"{tmp_path}: no image found \(of .*\.jpg"):
         MaskPhotos(str(tmp_path)).setup("predict")
     with pytest.raises(DataError, match="does not exist"):
         MaskPhotos(str(tmp_path / "nowhere")).setup("predict")
