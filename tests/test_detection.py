@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from functools import partial
 
 import cv2
 import numpy as np
@@ -22,6 +23,7 @@ from hrnet.detectors.rcnn import RCNN
 from tasks.arguments import SettingError
 from tasks.detection import Detection
 from tasks.pose import Pose
+from tasks.schedules import WarmupMultiStep
 
 TINY = HRNetConfig(8, modules=(1, 1, 1), blocks=1, stem=(1, 16))
 NETWORK = [
@@ -222,6 +224,26 @@ def test_a_step_on_images_without_objects(cache):
         losses = task.loss(task(batch["image"]), batch)
         torch.stack(list(losses.values())).sum().backward()
         assert all(p.grad is None or p.grad.isfinite().all() for p in task.parameters())
+
+
+def test_the_official_schedule():
+    """500 steps up from a third; then a tenth after the 8th and the 11th of 12 epochs, to the step."""
+    task = Detection(
+        TINY, optimizer=partial(torch.optim.SGD, lr=0.02), lr_scheduler=partial(WarmupMultiStep, milestones=[8, 11])
+    )
+    each = 7330
+    task.trainer = type("Trainer", (), {"estimated_stepping_batches": 12 * each, "max_epochs": 12})()
+    schedule = task.configure_optimizers()["lr_scheduler"]["scheduler"]
+    assert task.lr_interval == "step"
+
+    def rate(step):
+        return 0.02 * schedule.lr_lambdas[0](step)
+
+    assert rate(0) == pytest.approx(0.02 / 3)
+    assert rate(250) == pytest.approx(0.02 * 2 / 3)
+    assert [rate(step) for step in (500, 8 * each - 1)] == [0.02, 0.02]
+    assert [rate(step) for step in (8 * each, 11 * each - 1)] == pytest.approx([0.002, 0.002])
+    assert [rate(step) for step in (11 * each, 12 * each - 1)] == pytest.approx([0.0002, 0.0002])
 
 
 def test_norm_eval():
