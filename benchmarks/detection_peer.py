@@ -2,7 +2,7 @@
 
 python benchmarks/detection_peer.py configs/detection/bccd.yaml DATA/bccd --minutes 30
 
-From scratch, in a plain loop: the same pictures, batches, precision, anchors, optimiser and schedule (over its time).
+From scratch, in a plain loop: the same pictures, batches, precision, anchors, numbers of proposals, optimiser and schedule (over its time).
 """
 
 import argparse
@@ -44,8 +44,12 @@ def main() -> None:
     )
     anchors = AnchorGenerator(tuple((first * 2**i,) for i in range(5)), ((0.5, 1.0, 2.0),) * 5)
     kind = MaskRCNN if data.masks else FasterRCNN
-    size = {"min_size": data.shorter, "max_size": data.longer}
-    model = kind(backbone, data.num_classes + 1, rpn_anchor_generator=anchors, **size)
+    settings = {"min_size": data.shorter, "max_size": data.longer, "rpn_anchor_generator": anchors}
+    given = config["model"]["detector"]["init_args"]
+    settings |= dict.fromkeys(("rpn_post_nms_top_n_train", "rpn_post_nms_top_n_test"), given.get("proposals", 2000))
+    settings |= dict.fromkeys(("rpn_pre_nms_top_n_train", "rpn_pre_nms_top_n_test"), given.get("proposals", 2000))
+    settings["box_batch_size_per_image"] = given.get("sampled", 512)
+    model = kind(backbone, data.num_classes + 1, **settings)
     optimizer_args = dict(config["model"]["optimizer"]["init_args"])
     rate = args.lr or optimizer_args["lr"]
     optimizer = torch.optim.AdamW(model.parameters(), **optimizer_args | {"lr": rate})
