@@ -2,8 +2,8 @@
 
 python benchmarks/detection_peer.py configs/detection/bccd.yaml DATA/bccd --minutes 30
 
-From scratch, in a plain loop: the same pictures, batches, precision, anchors, numbers of proposals, optimiser and schedule
-(over its time).
+From scratch, in a plain loop: the same pictures, batches, precision, anchors, numbers of proposals, optimiser
+and schedule (over its time).
 """
 
 import argparse
