@@ -1,9 +1,9 @@
 """What every data module has in common, and the batch each kind yields."""
 
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Literal, TypedDict
+from typing import Any, Literal, TypedDict
 
 import lightning as L
 import numpy as np
@@ -82,16 +82,19 @@ class DataModule(L.LightningDataModule):
         self.workers = min(os.cpu_count() or 1, 8) if workers is None else workers
         self.datasets: dict[str, Dataset] = {}
 
-    def loader(self, split: str) -> DataLoader:
+    def loader(self, split: str, **options: Any) -> DataLoader:
+        """Of a split. options: of `DataLoader`, beyond those below; a `batch_sampler` stands for its first three."""
         train = split == "train"
+        if "batch_sampler" not in options:
+            options["batch_size"] = self.batch_size if train else self.eval_batch_size
+            options["shuffle"] = train
+            options["drop_last"] = train and len(self.datasets[split]) >= self.batch_size  # type: ignore[arg-type]
         return DataLoader(
             self.datasets[split],
-            batch_size=self.batch_size if train else self.eval_batch_size,
-            shuffle=train,
-            drop_last=train and len(self.datasets[split]) >= self.batch_size,  # type: ignore[arg-type]
             num_workers=self.workers,
             persistent_workers=self.workers > 0,
             pin_memory=torch.cuda.is_available(),
+            **options,
         )
 
     def train_dataloader(self) -> DataLoader:
@@ -148,6 +151,7 @@ class KeypointDataset(Dataset):
         hidden: "supervise" learns labelled but hidden joints as the official code does, "ignore" leaves them out of the
             loss (evaluation always counts them, as COCO does).
         udp: crop by UDP's matrix.
+        read: RGB uint8 `[H, W, 3]` of an instance's path.
     """
 
     def __init__(
@@ -159,8 +163,9 @@ class KeypointDataset(Dataset):
         padding: float = 1.25,
         hidden: Literal["supervise", "ignore"] = "supervise",
         udp: bool = False,
+        read: Callable[[str], Array] = read_image,
     ) -> None:
-        self.instances, self.facts, self.size = instances, facts, size
+        self.instances, self.facts, self.size, self.read = instances, facts, size, read
         self.augmentation, self.padding, self.hidden, self.udp = augmentation, padding, hidden, udp
         self.flip_index = np.array(facts.flip_index, dtype=np.int64)
         self.upper = np.array(facts.upper, dtype=bool)
@@ -168,12 +173,9 @@ class KeypointDataset(Dataset):
     def __len__(self) -> int:
         return len(self.instances)
 
-    def read(self, instance: Instance) -> np.ndarray:
-        return read_image(instance.path)
-
     def __getitem__(self, index: int) -> dict[str, np.ndarray | int]:
         instance = self.instances[index]
-        image = self.read(instance)
+        image = self.read(instance.path)
         keypoints, visible = instance.keypoints, instance.visible
         centre, extent = crop_of_box(instance.box, self.size, self.padding)
         rotation, flip = 0.0, False

@@ -8,9 +8,9 @@ import numpy as np
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 
 from datamodules.boxes import BoxData, Boxed
-from datamodules.checks import Report
+from datamodules.checks import Report, check_images
 from datamodules.mask_files import dims
-from datamodules.transforms import DataError, read_image
+from datamodules.transforms import DataError
 
 
 def check_instances(
@@ -26,16 +26,7 @@ def check_instances(
         decode: also read every image (minutes for COCO); else only see that they exist.
     """
     report = Report(path)
-    sizes: dict[Any, tuple[float, float]] = {}
-    for i, image in enumerate(content["images"]):
-        lacking = [k for k in ("id", "file_name", "width", "height") if k not in image]
-        if lacking:
-            report.add(f"image records without {', '.join(lacking)}", f"images[{i}]")
-            continue
-        if image["id"] in sizes:
-            report.add("image ids used twice: boxes would go to the wrong image", f"image {image['id']}")
-        sizes[image["id"]] = (image["width"], image["height"])
-        check_image(report, image, images, decode)
+    sizes = check_images(report, content["images"], images, decode)
     known = {c.get("id") for c in content["categories"]}
     seen: set[Any] = set()
     flat, crowd, fractions = [], 0, 0
@@ -81,27 +72,6 @@ def check_instances(
         shown = ", ".join(flat[:5]) + (", ..." if len(flat) > 5 else "")
         report.notes.append(f"{len(flat)} boxes narrower than a pixel or without area are not learned (ids {shown})")
     return report
-
-
-def check_image(report: Report, image: dict[str, Any], folder: Path, decode: bool) -> None:
-    """That an image is there, and with `decode` that it can be read and is as large as recorded."""
-    file = folder / image["file_name"]
-    if not file.is_file():
-        report.add(f"images that are not in {folder}: check the folder (train_images, val_images)", image["file_name"])
-        return
-    if not decode:
-        return
-    try:
-        width, height = dims(file)
-        read_image(file)
-    except DataError as error:
-        report.add("images that cannot be read", str(error))
-        return
-    if (width, height) != (image["width"], image["height"]):
-        report.add(
-            "images of another size than their record says: boxes would be misplaced",
-            f"{image['file_name']} ({width}x{height}, record {image['width']}x{image['height']})",
-        )
 
 
 def fault_of(segmentation: Any, size: tuple[float, float]) -> str:

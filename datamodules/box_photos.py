@@ -2,11 +2,12 @@
 
 from typing import Any
 
+from torch.utils.data import DataLoader
+
 from datamodules.base import DataModule
 from datamodules.boxes import BoxDataset, Boxed, collate
 from datamodules.images import found_in, ids_of
-from datamodules.transforms import Array, DataError, read_upright
-from datamodules.video import Video
+from datamodules.transforms import DataError, read_upright
 
 
 class BoxPhotos(DataModule):
@@ -30,31 +31,11 @@ class BoxPhotos(DataModule):
         files, video = found_in(self.path)
         if video is not None:
             self.workers = min(self.workers, 1)  # every worker would decode the whole
-            frames = [Boxed(f"{files[0]}#{i}", i) for i in range(len(video))]
-            self.datasets["predict"] = Frames(video, frames, self.shorter, self.longer)
+            found = [Boxed(f"{files[0]}#{i}", i) for i in range(len(video))]
         else:
             found = [Boxed(str(file), i) for i, file in zip(ids_of(files), files, strict=True)]
-            self.datasets["predict"] = Upright(found, self.shorter, self.longer)
+        read = read_upright if video is None else video.read
+        self.datasets["predict"] = BoxDataset(found, self.shorter, self.longer, read=read)
 
-    def loader(self, split: str) -> Any:
-        loader = super().loader(split)
-        loader.collate_fn = collate
-        return loader
-
-
-class Upright(BoxDataset):
-    """Pictures, turned as their EXIF orientation says."""
-
-    def read(self, instance: Boxed) -> Array:
-        return read_upright(instance.path)
-
-
-class Frames(BoxDataset):
-    """The frames of a video."""
-
-    def __init__(self, video: Video, *args: Any) -> None:
-        super().__init__(*args)
-        self.video = video
-
-    def read(self, instance: Boxed) -> Array:
-        return self.video[int(instance.path.rsplit("#", 1)[1])]
+    def loader(self, split: str, **options: Any) -> DataLoader:
+        return super().loader(split, collate_fn=collate, **options)

@@ -1,6 +1,6 @@
 """Images with boxes, and masks of instances: what all detection data share, and the batch they yield."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, NotRequired, TypedDict
 
@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from pycocotools import mask as rle
 from torch import Tensor
-from torch.utils.data import BatchSampler, Dataset, RandomSampler, Sampler
+from torch.utils.data import BatchSampler, DataLoader, Dataset, RandomSampler, Sampler
 from torchmetrics import Metric, MetricCollection
 
 from datamodules.base import DataModule
@@ -98,6 +98,7 @@ class BoxDataset(Dataset):
         shorter, longer: the shorter side becomes `shorter`, unless the longer one would exceed `longer`.
         augmentation: None for evaluation.
         masks: whether to draw the instances' masks; training only.
+        read: RGB uint8 `[H, W, 3]` of an instance's path.
     """
 
     def __init__(
@@ -107,20 +108,18 @@ class BoxDataset(Dataset):
         longer: int,
         augmentation: BoxAugmentation | None = None,
         masks: bool = False,
+        read: Callable[[str], Array] = read_image,
     ) -> None:
-        self.instances, self.shorter, self.longer = instances, shorter, longer
+        self.instances, self.shorter, self.longer, self.read = instances, shorter, longer, read
         self.augmentation, self.masks = augmentation, masks and augmentation is not None
         self.look = augmentation.look() if augmentation else None
 
     def __len__(self) -> int:
         return len(self.instances)
 
-    def read(self, instance: Boxed) -> Array:
-        return read_image(instance.path)
-
     def __getitem__(self, index: int) -> dict[str, Any]:
         instance, augment = self.instances[index], self.augmentation or BoxAugmentation(flip=0)
-        image = self.read(instance)
+        image = self.read(instance.path)
         height, width = image.shape[:2]
         if instance.width and (width, height) != (instance.width, instance.height):
             raise DataError(
@@ -305,21 +304,13 @@ class BoxData(DataModule):
             augmentation = self.augmentation if split == "train" else None
             self.datasets[split] = BoxDataset(instances, self.shorter, self.longer, augmentation, self.masks)
 
-    def loader(self, split: str) -> Any:
-        loader = super().loader(split)
-        loader.collate_fn = collate
-        if split != "train":
-            return loader
-        groups = [i.width > i.height for i in loader.dataset.instances]  # type: ignore[attr-defined]
-        batches = GroupedBatches(RandomSampler(loader.dataset), self.batch_size, loader.drop_last, groups)  # type: ignore[arg-type]
-        return torch.utils.data.DataLoader(
-            loader.dataset,
-            batch_sampler=batches,
-            num_workers=loader.num_workers,
-            persistent_workers=loader.persistent_workers,
-            pin_memory=loader.pin_memory,
-            collate_fn=collate,
-        )
+    def loader(self, split: str, **options: Any) -> DataLoader:
+        if split == "train":
+            dataset: Any = self.datasets[split]
+            groups = [i.width > i.height for i in dataset.instances]
+            drop = len(dataset) >= self.batch_size
+            options["batch_sampler"] = GroupedBatches(RandomSampler(dataset), self.batch_size, drop, groups)
+        return super().loader(split, collate_fn=collate, **options)
 
 
 def coco_of(instances: Sequence[Boxed], names: Sequence[str], ids: Sequence[int]) -> dict[str, Any]:

@@ -62,19 +62,7 @@ def check_keypoints(
             taken. decode: also decode every image (minutes for COCO); else only see that they exist.
     """
     report = Report(path)
-    sizes: dict[Any, tuple[float, float]] = {}
-    used = {a.get("image_id") for a in content["annotations"]}
-    for i, image in enumerate(content["images"]):
-        lacking = [k for k in ("id", "file_name", "width", "height") if k not in image]
-        if lacking:
-            report.add(f"image records without {', '.join(lacking)}: they cannot be found or cropped", f"images[{i}]")
-            continue
-        if image["id"] in sizes:
-            report.add("image ids used twice: labels would go to the wrong image", f"image {image['id']}")
-        sizes[image["id"]] = (image["width"], image["height"])
-        if image["id"] in used:
-            _check_image(report, image, images, decode)
-
+    sizes = check_images(report, content["images"], images, decode, {a.get("image_id") for a in content["annotations"]})
     seen: set[Any] = set()
     inside_box = in_image = normalised = visible = hidden = 0
     for i, a in enumerate(content["annotations"]):
@@ -138,6 +126,29 @@ def check_keypoints(
     if not sizes or not content["annotations"]:
         report.add("an empty data set: no images or no annotations", str(path))
     return report
+
+
+def check_images(
+    report: Report, images: list[dict[str, Any]], folder: Path, decode: bool, used: set[Any] | None = None
+) -> dict[Any, tuple[float, float]]:
+    """Check a COCO file's image records; returns (W, H) by id.
+
+    Args:
+        decode: also read every image, else only see that they exist. used: ids of the images that are needed; None is
+            all.
+    """
+    sizes: dict[Any, tuple[float, float]] = {}
+    for i, image in enumerate(images):
+        lacking = [k for k in ("id", "file_name", "width", "height") if k not in image]
+        if lacking:
+            report.add(f"image records without {', '.join(lacking)}: they cannot be found or cropped", f"images[{i}]")
+            continue
+        if image["id"] in sizes:
+            report.add("image ids used twice: labels would go to the wrong image", f"image {image['id']}")
+        sizes[image["id"]] = (image["width"], image["height"])
+        if used is None or image["id"] in used:
+            _check_image(report, image, folder, decode)
+    return sizes
 
 
 def _check_image(report: Report, image: dict[str, Any], folder: Path, decode: bool) -> None:

@@ -21,7 +21,7 @@ from torchvision.transforms import InterpolationMode, v2
 from datamodules.accuracy import Accuracy
 from datamodules.base import DataModule
 from datamodules.images import IMAGES, files_of
-from datamodules.transforms import Array, DataError, read_upright
+from datamodules.transforms import DataError, read_upright
 
 
 class LabelBatch(TypedDict):
@@ -83,17 +83,14 @@ class LabelDataset(Dataset):
     """
 
     def __init__(self, instances: Sequence[Labelled], transform: v2.Transform) -> None:
-        self.instances, self.transform = instances, transform
+        self.instances, self.transform, self.read = instances, transform, read_upright
 
     def __len__(self) -> int:
         return len(self.instances)
 
-    def read(self, instance: Labelled) -> Array:
-        return read_upright(instance.path)
-
     def __getitem__(self, index: int) -> dict[str, Any]:
         instance = self.instances[index]
-        image = torch.from_numpy(self.read(instance)).permute(2, 0, 1)
+        image = torch.from_numpy(self.read(instance.path)).permute(2, 0, 1)
         return {"image": self.transform(image), "label": instance.label, "id": index}
 
 

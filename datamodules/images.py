@@ -23,24 +23,6 @@ IMAGES = {".bmp", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".we
 VIDEOS = {".avi", ".mkv", ".mov", ".mp4", ".webm"}
 
 
-class PhotoDataset(KeypointDataset):
-    """Crops of pictures, which are turned as their EXIF orientation says."""
-
-    def read(self, instance: Instance) -> np.ndarray:
-        return read_upright(instance.path)
-
-
-class FrameDataset(KeypointDataset):
-    """Crops of the frames of `video`."""
-
-    def __init__(self, video: Video, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
-        self.video = video
-
-    def read(self, instance: Instance) -> np.ndarray:
-        return self.video[int(instance.path.rsplit("#", 1)[1])]
-
-
 class Images(KeypointData):
     """Images or a video without labels, to predict on; `datasets["predict"]` is there after `setup("predict")`.
 
@@ -107,10 +89,9 @@ class Images(KeypointData):
         return self.names[image_id]
 
     def dataset(self, instances: Sequence[Instance], train: bool = False) -> KeypointDataset:
-        if self.video is None:
-            return PhotoDataset(instances, self.facts, self.size, padding=self.padding, udp=self.udp)
         # A copy reads for itself: with one capture, `image` would throw the loader back to the first frame.
-        return FrameDataset(copy(self.video), instances, self.facts, self.size, padding=self.padding, udp=self.udp)
+        read = read_upright if self.video is None else copy(self.video).read
+        return KeypointDataset(instances, self.facts, self.size, padding=self.padding, udp=self.udp, read=read)
 
     def instances(self, split: str) -> list[Instance]:
         if self.boxes is not None:

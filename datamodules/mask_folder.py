@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
+from torch.utils.data import DataLoader
 
 from datamodules.base import DataModule
 from datamodules.images import IMAGES, found_in
@@ -134,35 +135,15 @@ class MaskPhotos(DataModule):
             raise DataError(f"{self.path}: no masks, so there is nothing to {stage}; use it with predict")
         files, video = found_in(self.path)
         if video is not None:
-            self.workers = min(self.workers, 1)
-            frames = [Masked(f"{files[0]}#{i}", i) for i in range(len(video))]
-            self.datasets["predict"] = Frames(video, frames, self.eval_size)
+            self.workers = min(self.workers, 1)  # every worker would decode the whole
+            found = [Masked(f"{files[0]}#{i}", i) for i in range(len(video))]
         else:
             found = [Masked(str(file), i) for i, file in enumerate(files)]
-            self.datasets["predict"] = Upright(found, np.zeros(256), (1, 1), eval_size=self.eval_size)
+        read = read_upright if video is None else video.read
+        self.datasets["predict"] = MaskDataset(found, np.zeros(256), (1, 1), eval_size=self.eval_size, read=read)
 
-    def loader(self, split: str) -> Any:
-        loader = super().loader(split)
-        loader.collate_fn = collate
-        return loader
-
-
-class Upright(MaskDataset):
-    """Pictures without masks, turned as their EXIF orientation says."""
-
-    def read(self, instance: Masked) -> Array:
-        return read_upright(instance.path)
-
-
-class Frames(MaskDataset):
-    """The frames of a video."""
-
-    def __init__(self, video: Any, frames: list[Masked], eval_size: int | tuple[int, int] | None) -> None:
-        super().__init__(frames, np.zeros(256), (1, 1), eval_size=eval_size)
-        self.video = video
-
-    def read(self, instance: Masked) -> Array:
-        return self.video[int(instance.path.rsplit("#", 1)[1])]
+    def loader(self, split: str, **options: Any) -> DataLoader:
+        return super().loader(split, collate_fn=collate, **options)
 
 
 def named(files: list[Path], folder: Path, suffix: str) -> dict[str, Path]:

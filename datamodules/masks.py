@@ -1,6 +1,6 @@
 """Images with a class for every pixel: what all segmentation data share, and the batch they yield."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, TypedDict
@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from torch import Tensor
-from torch.utils.data import Dataset, default_collate
+from torch.utils.data import DataLoader, Dataset, default_collate
 from torchmetrics import Metric
 
 from datamodules.base import DataModule
@@ -98,6 +98,7 @@ class MaskDataset(Dataset):
         augmentation: None for evaluation.
         eval_size: what evaluation resizes images (not masks) to: (H, W), or the longer side; None leaves them.
         swaps: pairs of classes that a mirror exchanges.
+        read: RGB uint8 `[H, W, 3]` of an instance's path.
     """
 
     def __init__(
@@ -109,8 +110,9 @@ class MaskDataset(Dataset):
         augmentation: MaskAugmentation | None = None,
         eval_size: int | tuple[int, int] | None = None,
         swaps: Sequence[Sequence[int]] = (),
+        read: Callable[[str], Array] = read_image,
     ) -> None:
-        self.instances, self.values, self.size, self.base = instances, values, size, base
+        self.instances, self.values, self.size, self.base, self.read = instances, values, size, base, read
         self.augmentation, self.eval_size = augmentation, eval_size
         self.look = augmentation.look() if augmentation else None
         self.mirrored = np.arange(256, dtype=np.uint8)
@@ -120,12 +122,9 @@ class MaskDataset(Dataset):
     def __len__(self) -> int:
         return len(self.instances)
 
-    def read(self, instance: Masked) -> Array:
-        return read_image(instance.path)
-
     def __getitem__(self, index: int) -> dict[str, Any]:
         instance = self.instances[index]
-        image = self.read(instance)
+        image = self.read(instance.path)
         mask = read_mask(instance.mask, self.values, image.shape[:2]) if instance.mask else None
         size = image.shape[:2]
         if self.augmentation is not None:
@@ -295,10 +294,8 @@ class MaskData(DataModule):
                     self.flip_pairs,
                 )
 
-    def loader(self, split: str) -> Any:
-        loader = super().loader(split)
-        loader.collate_fn = collate
-        return loader
+    def loader(self, split: str, **options: Any) -> DataLoader:
+        return super().loader(split, collate_fn=collate, **options)
 
     def metric(self, split: str = "val") -> Metric:
         """mIoU and what belongs to it."""

@@ -6,6 +6,7 @@ import multiprocessing
 import os
 import shutil
 import sys
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,34 @@ from datamodules.coco_instances import boxed, read_instances
 from datamodules.image_folder import ImageFolder
 from datamodules.mask_folder import MaskFolder
 from datamodules.metrics import KeypointAP, KeypointError
+
+
+@dataclass(frozen=True)
+class Cache:
+    """Scenes on disk: where they are, and how to draw them.
+
+    Args:
+        root, train, val, seed, scene: see `Rendered`.
+    """
+
+    root: Path
+    train: int
+    val: int
+    seed: int
+    scene: tuple[int, int]
+
+    @property
+    def folder(self) -> Path:
+        """Of exactly these settings: other settings never overwrite it."""
+        height, width = self.scene
+        return self.root / f"v{scenes.VERSION}-{height}x{width}-{self.train}+{self.val}-seed{self.seed}"
+
+    def fill(self) -> None:
+        """Draw what is not there yet."""
+        for number, (split, count) in enumerate((("train", self.train), ("val", self.val))):
+            # Another seed for each split: no scene of one is in the other.
+            if not complete(self.folder, split, count, 2 * self.seed + number, self.scene):
+                write(self.folder, split, count, 2 * self.seed + number, self.scene)
 
 
 class Rendered(KeypointData):
@@ -49,17 +78,14 @@ class Rendered(KeypointData):
         names = list(scenes.KEYPOINTS)
         facts = Keypoints(names, [[a - 1, b - 1] for a, b in scenes.SKELETON], pairs_of(names), sigmas_of(names))
         super().__init__(facts, **kwargs)
-        self.root, self.counts, self.seed, self.scene = Path(root), {"train": train, "val": val}, seed, scene
+        self.cache = Cache(Path(root), train, val, seed, scene)
 
     def prepare_data(self) -> None:
-        fill(self.folder, self.counts, self.seed, self.scene)
-
-    @property
-    def folder(self) -> Path:
-        return cache(self.root, self.counts, self.seed, self.scene)
+        self.cache.fill()
 
     def file(self, split: str) -> CocoFile:
-        return CocoFile(self.folder / "annotations" / f"person_keypoints_{split}.json", self.folder / split)
+        folder = self.cache.folder
+        return CocoFile(folder / "annotations" / f"person_keypoints_{split}.json", folder / split)
 
     def instances(self, split: str) -> list[Instance]:
         return self.file("val" if split == "test" else split).instances()
@@ -87,14 +113,13 @@ class RenderedLabels(ImageFolder):
         scene: tuple[int, int] = (240, 320),
         **kwargs: Any,
     ) -> None:
-        self.counts, self.seed, self.scene = {"train": train, "val": val}, seed, scene
-        self.folder = cache(Path(root), self.counts, seed, scene)
+        self.cache = Cache(Path(root), train, val, seed, scene)
         lists = "annotations/labels_train.csv", "annotations/labels_val.csv"
         images = {"train": "train", "val": "val", "test": "val"}
-        super().__init__(str(self.folder), lists[0], lists[1], images=images, **kwargs)
+        super().__init__(str(self.cache.folder), lists[0], lists[1], images=images, **kwargs)
 
     def prepare_data(self) -> None:
-        fill(self.folder, self.counts, self.seed, self.scene)
+        self.cache.fill()
 
     def classes(self) -> list[str]:
         return sorted(scenes.SCENE_CLASSES)  # known before anything is drawn
@@ -117,12 +142,11 @@ class RenderedMasks(MaskFolder):
         scene: tuple[int, int] = (240, 320),
         **kwargs: Any,
     ) -> None:
-        self.counts, self.seed, self.scene = {"train": train, "val": val}, seed, scene
-        self.folder = cache(Path(root), self.counts, seed, scene)
-        super().__init__(str(self.folder), list(scenes.SEMANTIC), images="{}", masks="semantic/{}", **kwargs)
+        self.cache = Cache(Path(root), train, val, seed, scene)
+        super().__init__(str(self.cache.folder), list(scenes.SEMANTIC), images="{}", masks="semantic/{}", **kwargs)
 
     def prepare_data(self) -> None:
-        fill(self.folder, self.counts, self.seed, self.scene)
+        self.cache.fill()
 
 
 class RenderedBoxes(BoxData):
@@ -144,34 +168,19 @@ class RenderedBoxes(BoxData):
         longer: int = 320,
         **kwargs: Any,
     ) -> None:
-        self.counts, self.seed, self.scene = {"train": train, "val": val}, seed, scene
-        self.folder = cache(Path(root), self.counts, seed, scene)
+        self.cache = Cache(Path(root), train, val, seed, scene)
         super().__init__(list(scenes.CLASSES), shorter=shorter, longer=longer, **kwargs)
 
     def prepare_data(self) -> None:
-        fill(self.folder, self.counts, self.seed, self.scene)
+        self.cache.fill()
 
     def truth(self, split: str) -> dict[str, Any]:
         split = "val" if split == "test" else split
-        return read_instances(self.folder / "annotations" / f"instances_{split}.json", self.masks)
+        return read_instances(self.cache.folder / "annotations" / f"instances_{split}.json", self.masks)
 
     def instances(self, split: str) -> list[Boxed]:
-        images = self.folder / ("val" if split == "test" else split)
+        images = self.cache.folder / ("val" if split == "test" else split)
         return boxed(self.truth(split), images, self.category_ids, self.masks)
-
-
-def cache(root: Path, counts: dict[str, int], seed: int, scene: tuple[int, int]) -> Path:
-    """The folder of exactly these settings: other settings never overwrite it."""
-    height, width = scene
-    return root / f"v{scenes.VERSION}-{height}x{width}-{counts['train']}+{counts['val']}-seed{seed}"
-
-
-def fill(folder: Path, counts: dict[str, int], seed: int, scene: tuple[int, int]) -> None:
-    """Draw what is not there yet."""
-    for number, (split, count) in enumerate(counts.items()):
-        # Another seed for each split: no scene of one is in the other.
-        if not complete(folder, split, count, 2 * seed + number, scene):
-            write(folder, split, count, 2 * seed + number, scene)
 
 
 def write(

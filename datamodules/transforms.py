@@ -62,6 +62,20 @@ def read_upright(path: str | Path) -> Array:
         raise DataError(f"{path}: broken or no image ({error}); copy it anew, or remove it") from None
 
 
+def rgb(image: Any) -> Array:
+    """RGB uint8 `[H, W, 3]` of a path, upright, or of such an array, which is returned.
+
+    Raises:
+        DataError: if it cannot be read, or is anything else.
+    """
+    if isinstance(image, str | Path):
+        return read_upright(image)
+    if not isinstance(image, np.ndarray) or image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3:
+        kind = f"{image.dtype} {list(image.shape)}" if hasattr(image, "shape") else type(image).__name__
+        raise DataError(f"an image must be a path or an RGB uint8 array [H, W, 3], got {kind}")
+    return image
+
+
 def _ends(data: bytes) -> bool:
     """Whether a JPEG or PNG has its end marker near its end; other formats pass."""
     if data[:2] == b"\xff\xd8":

@@ -71,5 +71,9 @@ class Video:
         self.open[os.getpid()] = (capture, at, frame)
         return frame
 
+    def read(self, name: str) -> NDArray[np.uint8]:
+        """The frame of a name that ends in #number."""
+        return self[int(name.rsplit("#", 1)[1])]
+
     def __getstate__(self) -> dict[str, Any]:
         return self.__dict__ | {"open": {}}

@@ -2,7 +2,8 @@
 
 import functools
 import inspect
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, is_dataclass
 from typing import Any, Literal, Self
 
@@ -111,6 +112,17 @@ class Task(L.LightningModule):
         task = cls(**found | {"backbone": file.config} | settings)
         rank_zero_info(load(task, InitFrom(source)))
         return task.eval()
+
+    @contextmanager
+    def evaluating(self) -> Iterator[None]:
+        """In evaluation mode and without gradients, and afterwards as it was."""
+        training = self.training
+        self.eval()
+        try:
+            with torch.inference_mode():
+                yield
+        finally:
+            self.train(training)
 
     def loss(self, features: list[Tensor], batch: Any) -> dict[str, Tensor]:
         """Named losses of the backbone's maps for a batch; their sum is minimised."""

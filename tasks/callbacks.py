@@ -16,6 +16,7 @@ from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
 from datamodules.drawing import grid, write_image
+from datamodules.video import Video
 
 
 class Pictures(Callback):
@@ -141,11 +142,13 @@ class Predictions(Callback):
         video, taken = None, set()
         for image_id in sorted(first):
             instance = first[image_id]
-            image = task.overlay(self.dataset.read(instance), found[image_id])
+            image = task.overlay(self.dataset.read(instance.path), found[image_id])
             if re.fullmatch(r".*#\d+", instance.path):  # a frame
                 if video is None:
                     code, size = cv2.VideoWriter.fourcc(*"mp4v"), image.shape[1::-1]
-                    video = cv2.VideoWriter(str(folder / "overlay.mp4"), code, self.dataset.video.fps, size)
+                    video = cv2.VideoWriter(
+                        str(folder / "overlay.mp4"), code, Video(instance.path.rsplit("#", 1)[0]).fps, size
+                    )
                 video.write(cv2.cvtColor(image, cv2.COLOR_RGB2BGR))
                 continue
             name = Path(instance.path).stem

@@ -18,7 +18,7 @@ from torchvision.transforms import v2
 
 from datamodules.drawing import write_text
 from datamodules.image_folder import Labelled, centre
-from datamodules.transforms import Array, DataError, read_upright
+from datamodules.transforms import Array, DataError, rgb
 from hrnet import PRESETS, HRNetConfig
 from hrnet.checkpoints import WeightsError, timm_model
 from hrnet.heads import Classification as ClassificationHead
@@ -136,7 +136,6 @@ class Classification(Task):
         """`probability` `[B, C]`."""
         return {"probability": self.logits(features).softmax(-1)}
 
-    @torch.inference_mode()
     def embed(self, images: str | Path | Array | Tensor | Sequence[Any]) -> Tensor:
         """`[B, 2048]`, the pooled vectors before the classifier; for retrieval.
 
@@ -149,25 +148,17 @@ class Classification(Task):
             images = torch.stack([self.tensor(image) for image in images])
         if images.dtype != torch.uint8:
             raise DataError(f"images must be RGB of 0 to 255, uint8, got {images.dtype}")
-        training = self.training
-        self.eval()
-        try:
+        with self.evaluating():
             return self.head.pooled(self(images.to(self.device))).float()  # type: ignore[operator]
-        finally:
-            self.train(training)
 
     def tensor(self, image: str | Path | Array) -> Tensor:
         """A picture as the network looks at it, uint8 `[3, S, S]`."""
-        array = image if isinstance(image, np.ndarray) else read_upright(image)
-        if array.dtype != np.uint8 or array.ndim != 3 or array.shape[2] != 3:
-            raise DataError(f"an image must be a path or RGB uint8 [H, W, 3], got {array.dtype} {list(array.shape)}")
-        return centre(self.size, self.resize)(torch.tensor(array).permute(2, 0, 1))
+        return centre(self.size, self.resize)(torch.tensor(rgb(image)).permute(2, 0, 1))
 
     def collector(self, instances: list[Labelled]) -> "TopFive":
         """What `predict` gathers its output in."""
         return TopFive(instances, self.class_names)
 
-    @torch.inference_mode()
     def infer(self, images: str | Path | Array | Sequence[Any]) -> Any:
         """The five best classes of a picture: `[{"class": name, "score": probability}, ...]`, best first.
 
@@ -176,15 +167,12 @@ class Classification(Task):
         """
         if isinstance(images, str | Path | np.ndarray):
             return self.infer([images])[0]
-        training, results = self.training, []
-        self.eval()
-        try:
+        results = []
+        with self.evaluating():
             for image in images:
                 batch = {"image": self.tensor(image)[None].to(self.device)}
                 probability = self.predict_step(batch, 0)["probability"]
                 results.append(best_five(probability[0], self.class_names))
-        finally:
-            self.train(training)
         return results
 
     def picture(self, batch: Any, prediction: dict[str, Tensor] | None, index: int) -> Array:

@@ -24,7 +24,7 @@ from datamodules.boxes import BoxDataset, Boxed, collate
 from datamodules.drawing import draw_boxes, write_text
 from datamodules.images import found_in, ids_of
 from datamodules.mask_files import distinct
-from datamodules.transforms import Array, DataError, read_upright
+from datamodules.transforms import Array, DataError, rgb
 from hrnet import PRESETS, HRNetConfig
 from hrnet.checkpoints import WeightsError
 from hrnet.detectors.rcnn import RCNN
@@ -159,7 +159,6 @@ class Detection(Task):
             )
         super().on_load_checkpoint(checkpoint)
 
-    @torch.inference_mode()
     def infer(self, images: str | Path | Array | Sequence[Any]) -> Any:
         """Objects of images, in their own pixels.
 
@@ -175,16 +174,11 @@ class Detection(Task):
         """
         if isinstance(images, str | Path | np.ndarray):
             return self.infer([images])[0]
-        training, results = self.training, []
-        self.eval()
-        try:
+        results = []
+        with self.evaluating():
             for given in images:
-                image = given if isinstance(given, np.ndarray) else read_upright(given)
-                if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3:
-                    kind = f"{image.dtype} {list(image.shape)}"
-                    raise DataError(f"an image must be a path or an RGB uint8 array [H, W, 3], got {kind}")
-                data = InMemory([Boxed("", 0)], self.shorter, self.longer)
-                data.array = image
+                image = rgb(given)
+                data = BoxDataset([Boxed("", 0)], self.shorter, self.longer, read=lambda _, image=image: image)  # type: ignore[misc]
                 batch = {k: v.to(self.device) if isinstance(v, Tensor) else v for k, v in collate([data[0]]).items()}
                 prediction: Any = self.predict_step(batch, 0)
                 boxes = on_images(prediction["boxes"], batch)
@@ -202,8 +196,6 @@ class Detection(Task):
                         else np.zeros((0, *image.shape[:2]), bool)
                     )
                 results.append(result)
-        finally:
-            self.train(training)
         return results
 
     def picture(self, batch: Any, prediction: Any, index: int) -> Array:
@@ -248,15 +240,6 @@ class Detection(Task):
         if items and "segmentation" in items[0]:
             result["masks"] = [rle.decode(item["segmentation"]) for item in items]
         return self.draw(image, result)
-
-
-class InMemory(BoxDataset):
-    """An image that is in memory already."""
-
-    array: Array
-
-    def read(self, instance: Boxed) -> Array:
-        return self.array
 
 
 class Found(nn.Module):

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from datamodules.base import Instance, KeypointDataset, Keypoints
 from datamodules.drawing import draw_keypoints, heatmap_overlay, write_text
 from datamodules.metrics import KeypointAP
-from datamodules.transforms import DataError, read_upright
+from datamodules.transforms import DataError, rgb
 from hrnet import PRESETS, HRNetConfig
 from hrnet.checkpoints import WeightsError
 from hrnet.codecs import Heatmap
@@ -158,7 +158,6 @@ class Pose(Task):
             if trained is not None and plain(trained) != plain(now):
                 rank_zero_warn(f"the checkpoint was trained with data.{name} = {trained}, now it is {now}")
 
-    @torch.inference_mode()
     def infer(self, images: str | Path | np.ndarray | Sequence[Any], boxes: Sequence[Any] | None = None) -> Any:
         """Keypoints of images, in their own coordinates.
 
@@ -176,17 +175,15 @@ class Pose(Task):
         if isinstance(images, str | Path) or (isinstance(images, np.ndarray) and images.ndim != 4):
             return self.infer([images], None if boxes is None else [boxes])[0]
         results = []
-        training = self.training
-        self.eval()
-        try:
+        with self.evaluating():
             for i, image in enumerate(images):
-                array = read_upright(image) if isinstance(image, str | Path) else checked_image(image)
+                array = rgb(image)
                 chosen = checked_boxes([[0, 0, *array.shape[1::-1]]] if boxes is None else boxes[i], array)
                 instances = [
                     Instance("", 0, np.array(b, dtype=np.float64), np.zeros((0, 2)), np.zeros(0)) for b in chosen
                 ]
-                data = ArrayCrops(instances, self.skeleton_facts, self.size, padding=self.padding, udp=self.udp)
-                data.array = array
+                facts, read = self.skeleton_facts, lambda _, array=array: array
+                data = KeypointDataset(instances, facts, self.size, padding=self.padding, udp=self.udp, read=read)
                 found = []
                 for start in range(0, len(data), 32):
                     batch = torch.utils.data.default_collate(
@@ -203,8 +200,6 @@ class Pose(Task):
                         "boxes": np.array(chosen, dtype=np.float64).reshape(-1, 4),
                     }
                 )
-        finally:
-            self.train(training)
         return results
 
     def picture(self, batch: Any, prediction: dict[str, Tensor] | None, index: int) -> np.ndarray:
@@ -243,23 +238,6 @@ class Pose(Task):
             place = pose[:, :2].min(0).clip(0, np.array(canvas.shape[1::-1]) - 20)
             write_text(canvas, f"{item['score']:.2f}", place, max(canvas.shape[:2]) / 640)
         return canvas
-
-
-class ArrayCrops(KeypointDataset):
-    """Crops of an image that is in memory already."""
-
-    array: np.ndarray
-
-    def read(self, instance: Instance) -> np.ndarray:
-        return self.array
-
-
-def checked_image(image: Any) -> np.ndarray:
-    """An RGB uint8 array `[H, W, 3]`, or a `DataError`."""
-    if not isinstance(image, np.ndarray) or image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3:
-        kind = f"{image.dtype} {list(image.shape)}" if hasattr(image, "shape") else type(image).__name__
-        raise DataError(f"an image must be a path or an RGB uint8 array [H, W, 3], got {kind}")
-    return image
 
 
 def checked_boxes(boxes: Any, image: np.ndarray) -> np.ndarray:

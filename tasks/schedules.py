@@ -33,8 +33,7 @@ class WarmupCosine(LambdaLR):
         super().__init__(optimizer, factor)
 
     def state_dict(self) -> dict[str, Any]:
-        """Without the length, so that a run that goes on for longer learns for longer."""
-        return {k: v for k, v in super().state_dict().items() if k != "total"}
+        return lengthless(super().state_dict())
 
 
 class Poly(LambdaLR):
@@ -53,8 +52,7 @@ class Poly(LambdaLR):
         super().__init__(optimizer, factor)
 
     def state_dict(self) -> dict[str, Any]:
-        """Without the length, so that a run that goes on for longer learns for longer."""
-        return {k: v for k, v in super().state_dict().items() if k != "total"}
+        return lengthless(super().state_dict())
 
 
 class WarmupMultiStep(LambdaLR):
@@ -90,5 +88,9 @@ class WarmupMultiStep(LambdaLR):
         super().__init__(optimizer, factor)
 
     def state_dict(self) -> dict[str, Any]:
-        """Without the length, which a run that goes on for longer has another of."""
-        return {k: v for k, v in super().state_dict().items() if k not in ("total", "epochs")}
+        return lengthless(super().state_dict())
+
+
+def lengthless(state: dict[str, Any]) -> dict[str, Any]:
+    """Without the run's length, so that one that goes on for longer learns for longer."""
+    return {k: v for k, v in state.items() if k not in ("total", "epochs")}

@@ -21,7 +21,7 @@ from datamodules import ade20k, cityscapes, coco_stuff, lip
 from datamodules.drawing import write_text
 from datamodules.mask_files import IGNORE, distinct, resized
 from datamodules.masks import Masked
-from datamodules.transforms import Array, DataError, read_upright
+from datamodules.transforms import Array, rgb
 from hrnet import PRESETS, HRNetConfig
 from hrnet.backbone import resolve
 from hrnet.checkpoints import config_of, is_source
@@ -178,7 +178,6 @@ class Segmentation(Task):
         """What `predict` gathers its output in."""
         return LabelMaps(instances, self.class_names, self.palette)
 
-    @torch.inference_mode()
     def infer(self, images: str | Path | Array | Sequence[Any]) -> Any:
         """Class numbers of every pixel, uint8 `[H, W]`, of a picture in its own size.
 
@@ -190,20 +189,14 @@ class Segmentation(Task):
         """
         if isinstance(images, str | Path | np.ndarray):
             return self.infer([images])[0]
-        training, results = self.training, []
-        self.eval()
-        try:
+        results = []
+        with self.evaluating():
             for given in images:
-                image = given if isinstance(given, np.ndarray) else read_upright(given)
-                if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3:
-                    kind = f"{image.dtype} {list(image.shape)}"
-                    raise DataError(f"an image must be a path or an RGB uint8 array [H, W, 3], got {kind}")
+                image = rgb(given)
                 shown = resized(image, self.eval_size)
                 tensor = torch.from_numpy(np.ascontiguousarray(shown)).permute(2, 0, 1)[None].to(self.device)
                 batch = {"image": tensor, "size": torch.tensor([image.shape[:2]])}
                 results.append(self.predict_step(batch, 0)["label"][0].cpu().numpy())
-        finally:
-            self.train(training)
         return results
 
     def picture(self, batch: Any, prediction: dict[str, Tensor] | None, index: int) -> Array:

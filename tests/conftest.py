@@ -10,7 +10,7 @@ import hypothesis
 import pytest
 import torch
 
-from datamodules.rendered import Rendered, write
+from datamodules.rendered import Rendered
 from datamodules.transforms import PoseAugmentation
 from tasks.cli import main
 from tasks.pose import Pose
@@ -28,9 +28,8 @@ TRAIN, VAL = 12, 6
 def cache(tmp_path_factory):
     """Root of a cache that `Rendered(root, train=TRAIN, val=VAL)` finds complete."""
     data = Rendered(str(tmp_path_factory.mktemp("rendered")), TRAIN, VAL)
-    for seed, (split, count) in enumerate(data.counts.items()):
-        write(data.folder, split, count, seed, data.scene, workers=0)
-    return data.root
+    data.prepare_data()
+    return data.cache.root
 
 
 @pytest.fixture(scope="session")
@@ -44,13 +43,12 @@ def rendered(cache):
 
 
 @pytest.fixture(scope="session")
-def small(cache):
-    """Options that make the embedded run a matter of seconds."""
+def short(cache):
+    """Options that make any task's embedded run a matter of seconds."""
     options = {
         "data.root": cache,
         "data.train": TRAIN,
         "data.val": VAL,
-        "data.size": "[64,48]",
         "data.batch_size": 4,
         "data.workers": 0,
         "trainer.enable_progress_bar": "false",
@@ -59,6 +57,12 @@ def small(cache):
         "trainer.precision": "32-true",
     }
     return [f"--{key}={value}" for key, value in options.items()]
+
+
+@pytest.fixture(scope="session")
+def small(short):
+    """The same for crops, which are small as well."""
+    return [*short, "--data.size=[64,48]"]
 
 
 class Run:

@@ -219,7 +219,7 @@ def photos(rendered, tmp_path_factory):
     """Three pictures of two sizes, one in a folder below."""
     root = tmp_path_factory.mktemp("photos")
     (root / "more").mkdir()
-    source = sorted((rendered.folder / "val").glob("*.jpg"))
+    source = sorted((rendered.cache.folder / "val").glob("*.jpg"))
     shutil.copy(source[0], root / "a.jpg")
     shutil.copy(source[1], root / "more" / "a.jpg")
     cv2.imwrite(str(root / "b.jpg"), cv2.resize(cv2.imread(str(source[2])), (640, 333)))
@@ -385,7 +385,7 @@ def test_default_data(args, expected, tmp_path, monkeypatch):
 def coco(rendered, tmp_path):
     """A copy of the scenes to spoil, and the options that read it as COCO data."""
     root = tmp_path / "coco"
-    shutil.copytree(rendered.folder, root)
+    shutil.copytree(rendered.cache.folder, root)
     options = {
         "data": "CocoKeypoints",
         "data.root": root,

@@ -111,7 +111,7 @@ def instances(data, config, root):
     """The drawn things, where the configuration says."""
     facts = {name: p.default for name, p in signature(CocoInstances).parameters.items()}
     places = facts | config["data"]["init_args"]
-    source = data.folder / "annotations/instances_val.json"
+    source = data.cache.folder / "annotations/instances_val.json"
     for split in ("train", "val", "test"):
         if places[split] is None:
             continue
@@ -160,7 +160,7 @@ def test_recipe(path, rendered, tmp_path, monkeypatch):
     if kind in LAYOUTS:
         data = [f"--data.root={tmp_path}", *(LAYOUTS[kind](rendered, config, tmp_path) or [])]
     else:
-        data = [f"--data.root={rendered.root}", "--data.train=12", "--data.val=6"]
+        data = [f"--data.root={rendered.cache.root}", "--data.train=12", "--data.val=6"]
     task = importlib.import_module(f"tasks.{path.parent.name}")
     tasks = [v for v in vars(task).values() if isinstance(v, type) and v.__module__ == task.__name__]
     quick = ["--trainer.fast_dev_run=true", "--trainer.accelerator=cpu", "--trainer.enable_progress_bar=false"]

@@ -35,22 +35,8 @@ NETWORK = [
 
 
 @pytest.fixture(scope="module")
-def options(cache):
-    """What makes the embedded run a matter of seconds."""
-    given = {
-        "data.root": cache,
-        "data.train": 12,
-        "data.val": 6,
-        "data.shorter": 120,
-        "data.longer": 160,
-        "data.batch_size": 4,
-        "data.workers": 0,
-        "trainer.enable_progress_bar": "false",
-        "trainer.enable_model_summary": "false",
-        "trainer.accelerator": "cpu",
-        "trainer.precision": "32-true",
-    }
-    return [f"--{key}={value}" for key, value in given.items()]
+def options(short):
+    return [*short, "--data.shorter=120", "--data.longer=160"]
 
 
 @pytest.fixture(scope="module")
@@ -80,7 +66,7 @@ def test_validation_is_pycocotools_on_the_written_files(masked, cli, options):
         folder, "validate", "--ckpt_path=last", *options, "--data.masks=true", *NETWORK, "--model.detector.width=32",
         "--model.detector.masks=true", "--data.per_class=true", "--model.evaluation.score=0.01", task=Detection,
     )  # fmt: skip
-    truth = run.trainer.datamodule.folder / "annotations/instances_val.json"
+    truth = run.trainer.datamodule.cache.folder / "annotations/instances_val.json"
     for kind, name, prefix in (("bbox", "val", ""), ("segm", "val_masks", "mask_")):
         ground = COCO(str(truth))
         evaluator = COCOeval(ground, ground.loadRes(str(run.folder / f"predictions/{name}.json")), kind)
@@ -95,7 +81,7 @@ def test_validation_is_pycocotools_on_the_written_files(masked, cli, options):
 
 def test_predict_a_folder(masked, cli, tmp_path):
     folder, fitted = masked
-    source = fitted.trainer.datamodule.folder / "val"
+    source = fitted.trainer.datamodule.cache.folder / "val"
     photos = tmp_path / "photos"
     photos.mkdir()
     for i in (0, 1):
@@ -122,7 +108,7 @@ def test_predict_a_folder(masked, cli, tmp_path):
 
 def test_predict_a_video(masked, cli, tmp_path):
     folder, fitted = masked
-    source = fitted.trainer.datamodule.folder / "val"
+    source = fitted.trainer.datamodule.cache.folder / "val"
     writer = cv2.VideoWriter(str(tmp_path / "a.mp4"), cv2.VideoWriter.fourcc(*"mp4v"), 10, (320, 240))
     for i in (0, 1, 2):
         writer.write(cv2.imread(str(source / f"{i:06d}.jpg")))
@@ -141,7 +127,7 @@ def test_people_are_found_before_their_poses(masked, cli, small, tmp_path):
     photos = tmp_path / "photos"
     photos.mkdir()
     for i in (0, 1):
-        shutil.copy(fitted.trainer.datamodule.folder / f"val/{i:06d}.jpg", photos)
+        shutil.copy(fitted.trainer.datamodule.cache.folder / f"val/{i:06d}.jpg", photos)
     checkpoint = torch.load(fitted.folder / "checkpoints/last.ckpt", weights_only=True)
     checkpoint["state_dict"]["head.stages.0.box_predictor.cls_score.bias"][1] += 3  # sees people everywhere
     torch.save(checkpoint, tmp_path / "people.ckpt")
@@ -189,7 +175,7 @@ def test_a_detector_is_for_prediction_and_of_detection(masked, cli, small, monke
 def test_infer_is_predict(masked, cli):
     _, run = masked
     model = Detection.load_from_checkpoint(run.folder / "checkpoints/last.ckpt", weights_only=True)
-    path = run.trainer.datamodule.folder / "val/000000.jpg"
+    path = run.trainer.datamodule.cache.folder / "val/000000.jpg"
     one = model.infer(path)
     many = model.infer([path, cv2.imread(str(path))[..., ::-1].copy()])
     assert len(one["boxes"]) == len(one["scores"]) == len(one["names"]) == len(one["masks"])
@@ -271,7 +257,7 @@ def test_masks_of_one_side_alone(place, cli, options, tmp_path, monkeypatch):
 def test_other_classes_are_refused(masked, cli, options, monkeypatch):
     folder, run = masked
     monkeypatch.setenv("HRNET_TRACEBACK", "1")
-    source = run.trainer.datamodule.folder
+    source = run.trainer.datamodule.cache.folder
     arguments = [o for o in options if "data.train" not in o and "data.val" not in o and "data.root" not in o]
     with pytest.raises(WeightsError, match="classes"):
         cli(

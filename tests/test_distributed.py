@@ -41,23 +41,10 @@ def test_two_processes_fit_and_count_every_picture_once(options, cli, tmp_path):
     assert {k: both[k] for k in judged} == {k: one[k] for k in judged}
 
 
-def test_two_processes_detect_in_equal_batches(cache, cli, tmp_path):
+def test_two_processes_detect_in_equal_batches(short, cli, tmp_path):
     """Upright and lying pictures go apart; still no process has a batch more than the other, or it would wait."""
-    options = {
-        "data.root": cache,
-        "data.train": 12,
-        "data.val": 6,
-        "data.batch_size": 2,
-        "data.eval_batch_size": 4,
-        "data.workers": 0,
-        "model.detector.pyramid": 16,
-        "model.detector.width": 32,
-        "trainer.max_epochs": 1,
-        "trainer.accelerator": "cpu",
-        "trainer.precision": "32-true",
-        "trainer.enable_progress_bar": "false",
-    }
-    given = [f"--{k}={v}" for k, v in options.items()] + [BACKBONE]
+    batches = ["--data.batch_size=2", "--data.eval_batch_size=4"]
+    given = [*short, *batches, BACKBONE, "--model.detector={pyramid: 16, width: 32}", "--trainer.max_epochs=1"]
     command = [sys.executable, "-m", "tasks.detection", "fit", *given, *TWO]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=300, check=False)
     assert done.returncode == 0, done.stderr[-2000:]

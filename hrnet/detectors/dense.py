@@ -4,9 +4,8 @@ from typing import Any, Literal
 
 from torch import Tensor, nn
 from torchvision.models import detection
-from torchvision.models.detection.anchor_utils import AnchorGenerator
 
-from hrnet.detectors.rcnn import image_list
+from hrnet.detectors.rcnn import Anchors, image_list
 from hrnet.heads import HRNetV2p
 
 
@@ -87,8 +86,7 @@ class RetinaNet(Dense):
         nms: float = 0.5,
         detections: int = 100,
     ) -> None:
-        sizes = tuple(tuple(int(anchors * 2 ** (i + j / 3)) for j in range(3)) for i in range(5))
-        generator = AnchorGenerator(sizes, ((0.5, 1.0, 2.0),) * 5)
+        generator = Anchors([[anchors * 2 ** (i + j / 3) for j in range(3)] for i in range(5)], finest)
         detector = detection.RetinaNet(Levels(pyramid), num_classes, anchor_generator=generator)
         super().__init__(channels, detector, pool, finest, (score, nms, detections))
 
@@ -116,7 +114,7 @@ class FCOS(Dense):
         nms: float = 0.6,
         detections: int = 100,
     ) -> None:
-        generator = AnchorGenerator(tuple((finest * 2**i,) for i in range(5)), ((1.0,),) * 5)
+        generator = Anchors([[finest * 2**i] for i in range(5)], finest, (1.0,), centred=True)
         detector = detection.FCOS(
             Levels(pyramid),
             num_classes,

@@ -12,7 +12,7 @@ from torchvision.models.detection.image_list import ImageList
 from torchvision.models.detection.mask_rcnn import MaskRCNNHeads, MaskRCNNPredictor
 from torchvision.models.detection.roi_heads import RoIHeads, maskrcnn_inference, maskrcnn_loss
 from torchvision.models.detection.rpn import RegionProposalNetwork, RPNHead
-from torchvision.ops import MultiScaleRoIAlign, clip_boxes_to_image
+from torchvision.ops import clip_boxes_to_image, roi_align
 
 from hrnet.heads import HRNetV2p
 
@@ -22,6 +22,69 @@ CASCADE = (
     (0.7, (30.0, 30.0, 15.0, 15.0), 0.25),
 )
 """Of every stage: overlap from which a proposal is an object, weights of the box code, weight of its losses."""
+
+
+class Anchors(AnchorGenerator):
+    """torchvision's, at the pyramid's own strides and with sides that are not rounded, as mmdet has them.
+
+    torchvision takes the image's side over the map's for the stride, which is too much where pooling has cut off a
+    rest: at 800 pixels 66 instead of 64.
+
+    Args:
+        sizes: of each level. finest: stride of the first. aspects: heights to widths.
+        centred: whether anchors lie in the middle of a cell, or at its upper left corner as anchors mostly do.
+    """
+
+    def __init__(
+        self,
+        sizes: list[list[float]],
+        finest: int,
+        aspects: tuple[float, ...] = (0.5, 1.0, 2.0),
+        centred: bool = False,
+    ) -> None:
+        super().__init__(sizes, (aspects,) * len(sizes))
+        self.finest, self.centred = finest, centred
+
+    def generate_anchors(self, scales: Any, aspect_ratios: Any, *args: Any) -> Tensor:
+        size, ratio = torch.tensor(scales, dtype=torch.float32), torch.tensor(aspect_ratios).sqrt()[:, None]
+        width, height = size / ratio, size * ratio
+        return torch.stack([-width, -height, width, height], -1).view(-1, 4) / 2
+
+    def forward(self, image_list: ImageList, feature_maps: list[Tensor]) -> list[Tensor]:
+        first = feature_maps[0]
+        self.set_cell_anchors(torch.float32, first.device)
+        strides = [[torch.tensor(self.finest << i, device=first.device)] * 2 for i in range(len(feature_maps))]
+        levels = self.grid_anchors([list(x.shape[-2:]) for x in feature_maps], strides)
+        if self.centred:
+            levels = [anchors + (self.finest << i) / 2 for i, anchors in enumerate(levels)]
+        return [torch.cat(levels)] * len(image_list.image_sizes)
+
+
+class Pool(nn.Module):
+    """RoIAlign of each box on the level that fits its size (arXiv 1612.03144, eq. 1; 56 pixels and less: stride 4).
+
+    Aligned, that is with pixels at their centres, which torchvision's `MultiScaleRoIAlign` cannot do.
+
+    Args:
+        size: cells a side of its output. samples: points a side in each cell; 0 as many as there are pixels.
+    """
+
+    def __init__(self, size: int, samples: int) -> None:
+        super().__init__()
+        self.size, self.samples = size, samples
+
+    def forward(self, features: dict[str, Tensor], boxes: list[Tensor]) -> Tensor:
+        """`[N, C, size, size]` of all boxes, from maps of strides 4, 8, 16 and 32."""
+        maps = list(features.values())[:4]
+        index = torch.cat([torch.full_like(b[:, :1], i) for i, b in enumerate(boxes)])
+        every = torch.cat(boxes)
+        level = ((every[:, 2:] - every[:, :2]).prod(1).sqrt() / 56 + 1e-6).log2().floor().clamp(0, len(maps) - 1)
+        rois = torch.cat([index, every], 1)
+        found = maps[0].new_zeros(len(rois), maps[0].shape[1], self.size, self.size)
+        for i, x in enumerate(maps):
+            here = torch.where(level == i)[0]
+            found[here] = roi_align(x, rois[here], self.size, 1 / (4 << i), self.samples, aligned=True)
+        return found
 
 
 class Proposals(RPNHead):
@@ -44,12 +107,13 @@ class RCNN(nn.Module):
         num_classes: without a background.
         masks: whether to segment the instances too.
         cascade: three stages (0.5, 0.6, 0.7) with class-agnostic boxes instead of one (arXiv 1712.00726); each with a
-            mask head of its own, whose masks are averaged.
+            mask head of its own; the stages' logits and masks are averaged.
         anchors: size of the anchors on the finest level, pixels; each of the five levels doubles it.
         pool: of the pyramid, see `HRNetV2p`.
         pyramid, width: channels of the pyramid, and of the two layers of each box head.
         proposals: how many are kept of each level, and of them all, after suppression.
         sampled: boxes of an image that each stage learns from.
+        samples: points that RoIAlign takes a side in each of its cells; 0 as many as there are pixels, as mmdet does.
         score, nms, detections: least score, overlap of suppression, and number of what is put out.
     """
 
@@ -67,6 +131,7 @@ class RCNN(nn.Module):
         width: int = 1024,
         proposals: int = 2000,
         sampled: int = 512,
+        samples: int = 2,
         score: float = 0.05,
         nms: float = 0.5,
         detections: int = 100,
@@ -74,13 +139,11 @@ class RCNN(nn.Module):
         super().__init__()
         self.neck = HRNetV2p(channels, pyramid, pool=pool)
         self.classes = num_classes
-        sizes = tuple((int(anchors * 2**i),) for i in range(5))
-        generator = AnchorGenerator(sizes, ((0.5, 1.0, 2.0),) * 5)
+        generator = Anchors([[anchors * 2**i] for i in range(5)], 4)
         kept = {"training": proposals, "testing": proposals}
         self.rpn = RegionProposalNetwork(
             generator, Proposals(pyramid, 3), 0.7, 0.3, 256, 0.5, kept, kept, 0.7, score_thresh=0.0
         )
-        names = ["0", "1", "2", "3"]
         self.cascade = cascade
         self.score, self.nms, self.detections = score, nms, detections
         self.stages = nn.ModuleList()
@@ -90,13 +153,15 @@ class RCNN(nn.Module):
             if cascade:
                 predictor.bbox_pred = nn.Linear(width, 4)
             head = TwoMLPHead(pyramid * 49, width)
-            pooler = MultiScaleRoIAlign(names, 7, 2)
             # Its last three numbers are set anew by `detect`.
-            self.stages.append(RoIHeads(pooler, head, predictor, overlap, overlap, sampled, 0.25, code, score, nms, 0))
+            limits = (score, nms, 0)
+            self.stages.append(
+                RoIHeads(Pool(7, samples), head, predictor, overlap, overlap, sampled, 0.25, code, *limits)
+            )
             self.weights.append(weight)
         self.masks = masks
         if masks:
-            self.mask_pool = MultiScaleRoIAlign(names, 14, 2)
+            self.mask_pool = Pool(14, samples)
             self.mask_heads = nn.ModuleList(
                 nn.Sequential(MaskRCNNHeads(pyramid, (256,) * 4, 1), MaskRCNNPredictor(256, 256, num_classes))
                 for _ in self.stages
@@ -117,7 +182,7 @@ class RCNN(nn.Module):
         for i, (stage, weight) in enumerate(zip(self.stages, self.weights, strict=True)):
             name = f"_{i + 1}" if self.cascade else ""
             proposals, matched, labels, goals = stage.select_training_samples(proposals, targets)  # type: ignore[operator]
-            logits, deltas = self.look(stage, features, proposals, images.image_sizes)
+            logits, deltas = self.look(stage, features, proposals)
             label, goal = torch.cat(labels), torch.cat(goals)
             losses[f"class{name}"] = weight * F.cross_entropy(logits, label)
             object_ = torch.where(label > 0)[0]
@@ -126,7 +191,7 @@ class RCNN(nn.Module):
             losses[f"box{name}"] = weight * box
             if self.masks:
                 sampled = proposals, matched, labels
-                losses[f"mask{name}"] = weight * self.mask_loss(i, features, images.image_sizes, batch, *sampled)
+                losses[f"mask{name}"] = weight * self.mask_loss(i, features, batch, *sampled)
             if i + 1 < len(self.stages):
                 proposals = self.refined(stage, deltas, proposals, images.image_sizes)
         return losses
@@ -137,22 +202,19 @@ class RCNN(nn.Module):
         features, images = self.pyramid(maps), image_list(batch)
         sizes = images.image_sizes
         proposals, _ = self.rpn(images, features)
-        scores: Tensor | None = None
+        scores = []
         for i, stage in enumerate(self.stages):
-            logits, deltas = self.look(stage, features, proposals, sizes)
-            part = logits.softmax(-1)
-            scores = part if scores is None else scores + part
+            logits, deltas = self.look(stage, features, proposals)
+            scores.append(logits)
             if i + 1 < len(self.stages):
                 proposals = self.refined(stage, deltas, proposals, sizes)
-        assert scores is not None
         every = deltas.expand(-1, self.classes + 1, -1) if self.cascade else deltas
-        average = (scores / len(self.stages)).clamp(min=1e-12).log()  # the last stage takes the softmax of it
         last: Any = self.stages[-1]
         last.score_thresh, last.nms_thresh, last.detections_per_img = self.score, self.nms, self.detections
-        found = last.postprocess_detections(average, every.flatten(1), proposals, sizes)
+        found = last.postprocess_detections(torch.stack(scores).mean(0), every.flatten(1), proposals, sizes)
         results = [{"boxes": b, "scores": s, "labels": x - 1} for b, s, x in zip(*found, strict=True)]
         if self.masks:
-            x, labels = self.mask_pool(features, found[0], sizes), [r["labels"] for r in results]
+            x, labels = self.mask_pool(features, found[0]), [r["labels"] for r in results]
             each = [maskrcnn_inference(head(x).float(), labels) for head in self.mask_heads]
             for result, *masks in zip(results, *each, strict=True):
                 result["masks"] = torch.stack(masks).mean(0)[:, 0]
@@ -161,9 +223,9 @@ class RCNN(nn.Module):
     def pyramid(self, maps: list[Tensor]) -> OrderedDict[str, Tensor]:
         return OrderedDict((str(i), x.float()) for i, x in enumerate(self.neck(maps)))
 
-    def look(self, stage: nn.Module, features: Any, boxes: list[Tensor], sizes: Any) -> tuple[Tensor, Tensor]:
+    def look(self, stage: nn.Module, features: Any, boxes: list[Tensor]) -> tuple[Tensor, Tensor]:
         """Logits `[N, C + 1]` and box codes `[N, C + 1 or 1, 4]` of all boxes, fp32."""
-        x = stage.box_head(stage.box_roi_pool(features, boxes, sizes))  # type: ignore[operator]
+        x = stage.box_head(stage.box_roi_pool(features, boxes))  # type: ignore[operator]
         logits, deltas = stage.box_predictor(x)  # type: ignore[operator]
         return logits.float(), deltas.float().unflatten(1, (-1, 4))
 
@@ -177,7 +239,6 @@ class RCNN(nn.Module):
         self,
         stage: int,
         features: Any,
-        sizes: Any,
         batch: Any,
         proposals: list[Tensor],
         matched: list[Tensor],
@@ -187,7 +248,7 @@ class RCNN(nn.Module):
         where = [torch.where(label > 0)[0] for label in labels]
         boxes = [b[i] for b, i in zip(proposals, where, strict=True)]
         of = [m[i] for m, i in zip(matched, where, strict=True)]
-        logits = self.mask_heads[stage](self.mask_pool(features, boxes, sizes))
+        logits = self.mask_heads[stage](self.mask_pool(features, boxes))
         return maskrcnn_loss(logits.float(), boxes, batch["masks"], batch["labels"], of)
 
 
