@@ -31,7 +31,8 @@ HEADS = {
     "head.cls_head.": "segmentation with OCR",
     "head.last_layer.": "segmentation",
     "head.classifier.": "classification",
-    "head.reduction_conv.": "pyramid",
+    "head.neck.": "detection",
+    "head.heatmap.": "detection",
     "head.final_layer.": "pose",
 }
 

@@ -6,6 +6,7 @@ Ours are `backbone.*` with the official names of the trunk, and `head.*` with th
 
 import re
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -29,10 +30,13 @@ class Dialect:
     Attributes:
         pairs: prefixes of ours and of theirs; the first that fits is taken.
         biases: whether its heads have the biases of WITH_BIAS; where not, they are folded into the batch norm's mean.
+        background: where a detector's classes have the background. First is as in ours, but there masks have one too;
+            last, it has no boxes.
     """
 
     pairs: tuple[tuple[str, str], ...]
     biases: bool = True
+    background: Literal["first", "last"] | None = None
 
 
 def convolutions(ours: str, theirs: str, convolution: str = "0", norm: str = "1") -> tuple[tuple[str, str], ...]:
@@ -42,7 +46,37 @@ def convolutions(ours: str, theirs: str, convolution: str = "0", norm: str = "1"
 
 def pyramid(theirs: str) -> tuple[tuple[str, str], ...]:
     """HRNetV2p's two layers."""
-    return tuple((f"head.{name}.", f"{theirs}.{name}.") for name in ("reduction_conv", "fpn_conv"))
+    return tuple((f"head.neck.{name}.", f"{theirs}.{name}.") for name in ("reduction_conv", "fpn_conv"))
+
+
+def regions(roi: str = "", stage: str = "") -> tuple[tuple[str, str], ...]:
+    """OpenMMLab's R-CNNs behind the pyramid; `stage` is ".{}" for those that have several."""
+    ours, box, mask = stage or ".0", f"{roi}bbox_head{stage}", f"{roi}mask_head{stage}"
+    return (
+        ("head.rpn.head.conv.0.0.", "rpn_head.rpn_conv."),
+        ("head.rpn.head.cls_logits.", "rpn_head.rpn_cls."),
+        ("head.rpn.head.bbox_pred.", "rpn_head.rpn_reg."),
+        (f"head.stages{ours}.box_head.fc6.", f"{box}.shared_fcs.0."),
+        (f"head.stages{ours}.box_head.fc7.", f"{box}.shared_fcs.1."),
+        (f"head.stages{ours}.box_predictor.cls_score.", f"{box}.fc_cls."),
+        (f"head.stages{ours}.box_predictor.bbox_pred.", f"{box}.fc_reg."),
+        (f"head.mask_heads{ours}.0.{{}}.0.", f"{mask}.convs.{{}}.conv."),
+        (f"head.mask_heads{ours}.1.conv5_mask.", f"{mask}.upsample."),
+        (f"head.mask_heads{ours}.1.mask_fcn_logits.", f"{mask}.conv_logits."),
+    )
+
+
+MMDET = (
+    ("head.neck.reduction_conv.0.", "neck.reduction_conv.conv."),
+    ("head.neck.fpn_conv.{}.", "neck.fpn_convs.{}.conv."),
+)
+BENCHMARK = (
+    *(("head.rpn.head.conv.0.0.", "rpn.head.conv."), ("head.rpn.head.", "rpn.head.")),
+    *((f"head.stages.0.box_head.{name}.", f"roi_heads.box.feature_extractor.{name}.") for name in ("fc6", "fc7")),
+    ("head.stages.0.box_predictor.", "roi_heads.box.predictor."),
+    *((f"head.mask_heads.0.0.{i}.0.", f"roi_heads.mask.feature_extractor.mask_fcn{i + 1}.") for i in range(4)),
+    ("head.mask_heads.0.1.", "roi_heads.mask.predictor."),
+)
 
 
 PLAIN = tuple((f"backbone.{name}", name) for name in TRUNK)
@@ -59,8 +93,11 @@ DIALECTS = {
     "official-segmentation": Dialect((*((a, f"model.{b}") for a, b in PLAIN), ("head.", "model."))),
     # The official face alignment code calls the layers of our last_layer `head`.
     "official-face": Dialect((*PLAIN, ("head.last_layer.", "head."))),
-    "official-detection": Dialect((*MM, *pyramid("neck"))),
-    "maskrcnn-benchmark": Dialect((("backbone.", "backbone.body."), *pyramid("backbone.neck"))),
+    "official-detection": Dialect((*MM, *pyramid("neck"), *regions()), background="first"),
+    "official-cascade": Dialect((*MM, *pyramid("neck"), *regions(stage=".{}")), background="first"),
+    "maskrcnn-benchmark": Dialect(
+        (("backbone.", "backbone.body."), *pyramid("backbone.neck"), *BENCHMARK), background="first"
+    ),
     "fcos": Dialect((("backbone.", "backbone.body."), *pyramid("backbone.fpn"))),
     "mmpretrain": Dialect(
         (
@@ -109,13 +146,8 @@ DIALECTS = {
         ),
         biases=False,
     ),
-    "mmdet": Dialect(
-        (
-            *MM,
-            ("head.reduction_conv.0.", "neck.reduction_conv.conv."),
-            ("head.fpn_conv.{}.", "neck.fpn_convs.{}.conv."),
-        )
-    ),
+    "mmdet": Dialect((*MM, *MMDET, *regions("roi_head.")), background="last"),
+    "mmdet-cascade": Dialect((*MM, *MMDET, *regions("roi_head.", ".{}")), background="last"),
 }
 
 SIGNS = (  # the first of which a key begins with the sign tells the dialect
@@ -124,7 +156,9 @@ SIGNS = (  # the first of which a key begins with the sign tells the dialect
     ("decode_head.", "mmseg"),
     ("keypoint_head.", "mmpose-0"),
     ("head.conv_layers.", "mmpose-v2"),
+    ("roi_head.bbox_head.0.", "mmdet-cascade"),
     ("neck.reduction_conv.conv.", "mmdet"),
+    ("bbox_head.0.", "official-cascade"),
     ("neck.reduction_conv.0.", "official-detection"),
     ("backbone.neck.", "maskrcnn-benchmark"),
     ("backbone.fpn.", "fcos"),
@@ -168,7 +202,7 @@ def from_dialect(state: dict[str, Tensor], name: str) -> tuple[dict[str, Tensor]
         module = weight.removesuffix(".weight")
         if has_bias(module) and found[weight].ndim == 4:
             found.setdefault(f"{module}.bias", torch.zeros(len(found[weight]), dtype=found[weight].dtype))
-    return found, unknown
+    return with_background(found, DIALECTS[name].background), unknown
 
 
 def to_dialect(state: dict[str, Tensor], name: str) -> tuple[dict[str, Tensor], list[str]]:
@@ -184,7 +218,35 @@ def to_dialect(state: dict[str, Tensor], name: str) -> tuple[dict[str, Tensor], 
             mean = key.removesuffix("0.bias") + "1.running_mean"
             if mean in state:
                 state[mean] = state[mean] - state.pop(key)
-    return all_renamed(state, list(DIALECTS[name].pairs))
+    return all_renamed(without_background(state, DIALECTS[name].background), list(DIALECTS[name].pairs))
+
+
+def with_background(state: dict[str, Tensor], place: Literal["first", "last"] | None) -> dict[str, Tensor]:
+    """A detector's classes in our order: the background first, and none for masks."""
+    agnostic = any(key.startswith("head.stages.1.") for key in state)
+    state = dict(state)
+    for key, value in state.items():
+        if place == "last" and ".cls_score." in key:
+            state[key] = value.roll(1, 0)
+        elif place == "last" and key.startswith("head.stages.") and ".bbox_pred." in key and not agnostic:
+            state[key] = torch.cat([torch.zeros_like(value[:4]), value])
+        elif place == "first" and ".mask_fcn_logits." in key:
+            state[key] = value[1:]
+    return state
+
+
+def without_background(state: dict[str, Tensor], place: Literal["first", "last"] | None) -> dict[str, Tensor]:
+    """The reverse of `with_background`; what is read by nothing becomes zeros."""
+    agnostic = any(key.startswith("head.stages.1.") for key in state)
+    state = dict(state)
+    for key, value in state.items():
+        if place == "last" and ".cls_score." in key:
+            state[key] = value.roll(-1, 0)
+        elif place == "last" and key.startswith("head.stages.") and ".bbox_pred." in key and not agnostic:
+            state[key] = value[4:]
+        elif place == "first" and ".mask_fcn_logits." in key:
+            state[key] = torch.cat([torch.zeros_like(value[:1]), value])
+    return state
 
 
 def has_bias(module: str) -> bool:

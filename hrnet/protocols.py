@@ -2,11 +2,14 @@
 beside them. Settings are named as the tasks name theirs."""
 
 import re
+from functools import partial
 from typing import Any
 
 from torch import Tensor
+from torchvision.models.detection import FasterRCNN_ResNet50_FPN_Weights
 
 from hrnet.codecs import Heatmap
+from hrnet.detectors.rcnn import RCNN
 from hrnet.heads import OCR, HRNetV2
 from hrnet.inference import Protocol
 
@@ -14,10 +17,13 @@ TRUE_CORNERS = (150, 171)
 """Classes of ADE20K and COCO-Stuff, whose official models up-sample with align_corners, as do all with OCR."""
 
 
+COCO = FasterRCNN_ResNet50_FPN_Weights.COCO_V1.meta["categories"]
+"""Names of COCO's categories by their ids; "N/A" where there is none."""
+
 KEPT = (
     *("backbone", "head", "codec", "mean", "std", "size", "resize", "padding", "udp", "num_classes", "class_names"),
     *("num_keypoints", "keypoint_names", "skeleton", "flip_pairs", "sigmas"),
-    *("upsample", "align_corners", "palette", "eval_size"),
+    *("upsample", "align_corners", "palette", "eval_size", "detector", "category_ids", "shorter", "longer"),
 )
 """Of our own runs' settings: what a trained network cannot do without."""
 
@@ -48,10 +54,33 @@ def protocol_of(dialect: str, state: dict[str, Tensor], meta: Any) -> dict[str, 
         found |= {"num_keypoints": outputs} | skeleton(names, outputs) | codec(dialect, text)
     elif dialect.startswith("mmpose") or dialect == "official-face":
         found |= {"num_keypoints": outputs} | skeleton(names, outputs) | codec(dialect, text) | {"head": HRNetV2}
+    elif "head.stages.0.box_head.fc6.weight" in state:
+        found |= detector(dialect, state, list(classes) if classes else None)
     elif found["backbone"]:
         found |= labels | found["backbone"] | {"head": OCR if "head.cls_head.weight" in state else HRNetV2}
         found |= {"palette": [list(map(int, c)) for c in palette] if palette else None, "evaluation": windows(text)}
     return {k: v for k, v in found.items() if v is not None}
+
+
+def detector(dialect: str, state: dict[str, Tensor], names: list[str] | None) -> dict[str, Any]:
+    """An R-CNN of these tensors, and its classes; COCO's where there are 80 of no names."""
+    count = len(state["head.stages.0.box_predictor.cls_score.weight"]) - 1
+    coco = {name: i for i, name in enumerate(COCO) if i and name != "N/A"}
+    names = names or (list(coco) if count == len(coco) else None)
+    return {
+        "num_classes": count,
+        "class_names": names,
+        "category_ids": list(coco.values()) if names == list(coco) else None,
+        "detector": partial(
+            RCNN,
+            masks="head.mask_heads.0.1.conv5_mask.weight" in state,
+            cascade="head.stages.1.box_head.fc6.weight" in state,
+            pyramid=len(state["head.neck.reduction_conv.0.weight"]),
+            width=len(state["head.stages.0.box_head.fc6.weight"]),
+            proposals=1000 if dialect.startswith("mmdet") else 2000,
+            samples=0 if dialect.startswith("mmdet") else 2,
+        ),
+    }
 
 
 def interpolation(dialect: str, state: dict[str, Tensor]) -> dict[str, Any]:

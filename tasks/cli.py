@@ -112,7 +112,8 @@ class CLI(LightningCLI):
                 f"--model.init_from.path {source.path} --model.init_from.part backbone"
             )
         if source.part == "all" and file.head in self.model_class.heads:
-            network_of = ("head", "upsample", "align_corners")  # to go on learning, the rest is the new recipe's
+            # To go on learning, the rest is the new recipe's.
+            network_of = ("head", "detector", "upsample", "align_corners")
             found = {k: plain(v) for k, v in file.protocol.items() if command != "fit" or k in network_of}
         if not asked("model.backbone"):
             found["backbone"] = plain(file.config)

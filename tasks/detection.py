@@ -61,6 +61,7 @@ class Detection(Task):
         init, optimizer, lr_scheduler, lr_interval, init_from, mean, std, channels_last: see `Task`.
     """
 
+    heads = ("detection",)
     facts = ("num_classes", "class_names", "category_ids", "shorter", "longer")
     protocol = ("shorter", "longer")
 

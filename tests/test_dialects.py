@@ -18,18 +18,31 @@ from hrnet.heads import Classification, HRNetV1, HRNetV2, HRNetV2p
 from hrnet.weights import InitFrom, load, main, write
 
 TINY = HRNetConfig(8, modules=(1, 2, 2), blocks=1, stem=(1, 8))
+
+
+class Pyramid(nn.Module):
+    """What detectors have before all else."""
+
+    def __init__(self, channels, num_outputs):
+        super().__init__()
+        self.neck = HRNetV2p(channels, num_outputs)
+
+    def forward(self, maps):
+        return self.neck(maps)
+
+
 HEADS = {
     "pose": (HRNetV1, 17, 1),
     "segmentation": (HRNetV2, 19, 4),
     "classification": (Classification, 10, 4),
-    "pyramid": (HRNetV2p, 16, 4),
+    "detection": (Pyramid, 16, 4),
 }
 # Which dialect has which networks.
-CASES = [(d, h) for d in ("hrnet", "official", "mmpose") for h in ("pose", "classification", "segmentation", "pyramid")]
-CASES += [("timm", "classification"), ("mmpretrain", "classification"), ("mmseg", "segmentation"), ("mmdet", "pyramid")]
+CASES = [(d, h) for d in ("hrnet", "official", "mmpose") for h in ("pose", "classification", "segmentation")]
+CASES += [("timm", "classification"), ("mmpretrain", "classification"), ("mmseg", "segmentation")]
+CASES += [(d, "detection") for d in ("hrnet", "mmdet", "official-detection", "maskrcnn-benchmark", "fcos")]
 CASES += [("official-segmentation", "segmentation"), ("official-face", "segmentation"), ("mmpose-0", "pose")]
 CASES += [("mmpose-v2", "segmentation"), ("mmpose-0", "segmentation")]
-CASES += [("official-detection", "pyramid"), ("maskrcnn-benchmark", "pyramid"), ("fcos", "pyramid")]
 
 
 class Net(nn.Module):
@@ -156,14 +169,14 @@ def test_wrappers_are_seen_through(prefix, tmp_path):
 
 
 def test_detector_around_the_pyramid(tmp_path):
-    source = Net("pyramid")
+    source = Net("detection")
     state, _ = to_dialect(source.state_dict(), "mmdet")
-    state["rpn_head.rpn_conv.weight"] = torch.zeros(3)
+    state["mask_iou_head.fc.weight"] = torch.zeros(3)
     torch.save({"state_dict": state, "meta": {"epoch": 12, "CLASSES": ("a", "b")}}, tmp_path / "a.pth")
-    assert read(tmp_path / "a.pth").others == ["rpn_head.rpn_conv.weight"]
-    with pytest.raises(WeightsError, match=r"rpn_head\.rpn_conv\.weight"):
-        load(Net("pyramid", seed=1), InitFrom(str(tmp_path / "a.pth")))
-    load(Net("pyramid", seed=1), InitFrom(str(tmp_path / "a.pth"), part="head"))
+    assert read(tmp_path / "a.pth").others == ["mask_iou_head.fc.weight"]
+    with pytest.raises(WeightsError, match=r"mask_iou_head\.fc\.weight"):
+        load(Net("detection", seed=1), InitFrom(str(tmp_path / "a.pth")))
+    load(Net("detection", seed=1), InitFrom(str(tmp_path / "a.pth"), part="head"))
 
 
 def test_plain_data_of_openmmlab_is_read(tmp_path):
