@@ -45,7 +45,7 @@ def main() -> None:
     for name in args.only:
         detector, *more = KINDS[name]
         if detector == "rcnn.RCNN":
-            more += ["--model.detector.proposals=500", "--model.detector.sampled=128", "--model.detector.width=512"]
+            more += ["--model.detector.proposals=500", "--model.detector.sampled=64", "--model.detector.width=512"]
             more += ["--model.detector.anchors=12"]
         elif detector == "dense.RetinaNet":
             more += ["--model.detector.anchors=12"]

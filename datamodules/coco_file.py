@@ -27,6 +27,17 @@ SIGMAS = {
 """COCO's OKS constants by body part."""
 
 
+def paths_of(
+    root: Path, train: str, val: str, test: str | None, train_images: str, val_images: str, test_images: str | None
+) -> dict[str, tuple[Path, Path]]:
+    """Annotation file and image folder of each split; no test split is the validation split."""
+    return {
+        "train": (root / train, root / train_images),
+        "val": (root / val, root / val_images),
+        "test": (root / (test or val), root / (test_images or val_images)),
+    }
+
+
 def read_json(path: str | Path) -> Any:
     """The content of a JSON file.
 

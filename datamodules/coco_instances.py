@@ -13,7 +13,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 
 from datamodules.box_checks import check_instances
 from datamodules.boxes import BoxData, BoxDataset, Boxed
-from datamodules.coco_file import read_json
+from datamodules.coco_file import paths_of, read_json
 from datamodules.drawing import draw_boxes, fitted, grid, write_image
 from datamodules.mask_files import distinct
 from datamodules.transforms import DataError
@@ -48,12 +48,7 @@ class CocoInstances(BoxData):
         masks: bool = False,
         **kwargs: Any,
     ) -> None:
-        folder = Path(root)
-        self.paths = {
-            "train": (folder / train, folder / train_images),
-            "val": (folder / val, folder / val_images),
-            "test": (folder / (test or val), folder / (test_images or val_images)),
-        }
+        self.paths = paths_of(Path(root), train, val, test, train_images, val_images, test_images)
         self.faulty = faulty
         self.contents: dict[Path, dict[str, Any]] = {}
         content = read_instances(self.paths["val"][0], masks)

@@ -13,7 +13,7 @@ from torchmetrics import Metric, MetricCollection
 
 from datamodules.base import Instance, KeypointData, KeypointDataset
 from datamodules.checks import check_keypoints
-from datamodules.coco_file import CocoFile
+from datamodules.coco_file import CocoFile, paths_of
 from datamodules.drawing import draw_keypoints, grid, write_image
 from datamodules.metrics import KeypointAP, KeypointError
 from datamodules.transforms import DataError
@@ -63,11 +63,7 @@ class CocoKeypoints(KeypointData):
         **kwargs: Any,
     ) -> None:
         self.root = Path(root)
-        self.paths = {
-            "train": (self.root / train, self.root / train_images),
-            "val": (self.root / val, self.root / val_images),
-            "test": (self.root / (test or val), self.root / (test_images or val_images)),
-        }
+        self.paths = paths_of(self.root, train, val, test, train_images, val_images, test_images)
         self.boxes, self.box_threshold = boxes, box_threshold
         self.category, self.given_pairs, self.given_sigmas, self.torso = category, flip_pairs, sigmas, torso
         self.nms, self.nms_threshold, self.faulty, self.area_from_box = nms, nms_threshold, faulty, area_from_box

@@ -129,8 +129,8 @@ def remedy(report: Report, config: HRNetConfig) -> str:
             "Its network puts out the finest map only, as for pose, and has no layers for the others; to let those "
             "start anew, say `init_from.strict: false`."
         )
-    if not report.missing and not report.unexpected:
-        return "All else fits: with other classes or keypoints these layers start anew if you say `init_from.strict: false`."
+    if report.mismatched == wrong and all(key.startswith("head.") for key in wrong):
+        return "All else fits: to start these anew, as for other classes, say `init_from.strict: false`."
     if all(key.startswith("head.") for key in wrong):
         return "Its head is another one; for the backbone alone say `init_from.part: backbone`."
     part = "" if report.part == "backbone" else "for its backbone alone say `init_from.part: backbone`; "

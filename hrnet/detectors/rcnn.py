@@ -110,7 +110,7 @@ class RCNN(nn.Module):
             mask head of its own; the stages' logits and masks are averaged.
         anchors: size of the anchors on the finest level, pixels; each of the five levels doubles it.
         pool: of the pyramid, see `HRNetV2p`.
-        pyramid, width: channels of the pyramid, and of the two layers of each box head.
+        pyramid, width: channels of the pyramid and the mask heads, and of the two layers of each box head.
         proposals: how many are kept of each level, and of them all, after suppression.
         sampled: boxes of an image that each stage learns from.
         samples: points that RoIAlign takes a side in each of its cells; 0 as many as there are pixels, as mmdet does.
@@ -163,7 +163,9 @@ class RCNN(nn.Module):
         if masks:
             self.mask_pool = Pool(14, samples)
             self.mask_heads = nn.ModuleList(
-                nn.Sequential(MaskRCNNHeads(pyramid, (256,) * 4, 1), MaskRCNNPredictor(256, 256, num_classes))
+                nn.Sequential(
+                    MaskRCNNHeads(pyramid, (pyramid,) * 4, 1), MaskRCNNPredictor(pyramid, pyramid, num_classes)
+                )
                 for _ in self.stages
             )
 
