@@ -2,6 +2,7 @@
 
 import contextlib
 import io
+import math
 from collections.abc import Sequence
 from typing import Any, Literal
 
@@ -11,7 +12,6 @@ from pycocotools import mask as rle
 from torch import Tensor
 from torchmetrics import Metric
 from torchmetrics.utilities import dim_zero_cat
-from torchvision.models.detection.roi_heads import paste_masks_in_image
 
 from datamodules.transforms import Array
 
@@ -200,6 +200,20 @@ def masks_of(
     """RLE of every mask `[N, m, m]` of every image, in the image's own size; `boxes` are in its pixels."""
     found = []
     for part, places, size in zip(masks, boxes, batch["original"].tolist(), strict=True):
-        full = paste_masks_in_image(part[:, None].float().cpu(), places.cpu(), tuple(size))[:, 0] >= threshold
-        found.append([rle.encode(np.asfortranarray(mask.numpy(), np.uint8)) for mask in full])
+        each = zip(part.float().cpu().numpy(), places.double().cpu().numpy(), strict=True)
+        found.append([rle.encode(paste(mask, box, size, threshold)) for mask, box in each])  # one frame at a time
     return found
+
+
+def paste(mask: Array, box: Array, size: Sequence[int], threshold: float) -> Array:
+    """uint8 `[H, W]` of a mask `[m, m]` over a box, interpolated between the centres of cells and of pixels (as mmdet
+    does, and torchvision, which rounds boxes, does not)."""
+    frame = np.zeros(tuple(size), np.uint8, order="F")
+    weights, place = [], []
+    for low, high, length in ((box[1], box[3], size[0]), (box[0], box[2], size[1])):
+        start, stop = max(0, math.floor(low)), min(length, math.ceil(high))
+        at = (np.arange(start, stop) + 0.5 - low) / max(high - low, 1e-6) * len(mask) - 0.5
+        weights.append((1 - np.abs(at[:, None] - np.arange(len(mask)))).clip(min=0))
+        place.append(slice(start, max(start, stop)))
+    frame[place[0], place[1]] = weights[0] @ mask @ weights[1].T >= threshold
+    return frame

@@ -139,16 +139,22 @@ class BoxDataset(Dataset):
             top, left = (int(rng.integers(max(0, a - b) + 1)) for a, b in zip(size, augment.crop, strict=True))
             window = (top, left, min(size[0], top + augment.crop[0]), min(size[1], left + augment.crop[1]))
             image = image[window[0] : window[2], window[1] : window[3]]
-            area = (boxes[:, 2:] - boxes[:, :2]).prod(1)
-            boxes = (boxes - np.tile([left, top], 2)).clip(0, np.tile(image.shape[1::-1], 2))
-            left_over = (boxes[:, 2:] - boxes[:, :2]).prod(1) >= 0.1 * area
-            kept[np.flatnonzero(kept)] = left_over
-            boxes = boxes[left_over]
+            whole = boxes - np.tile([left, top], 2)
+            boxes = whole.clip(0, np.tile(image.shape[1::-1], 2))
+            extent = [(b[:, 2:] - b[:, :2]).prod(1) for b in (boxes, whole)]
+            boxes, cut = boxes[rest := extent[0] >= 0.1 * extent[1]], (boxes != whole).any(1)[rest]
+            kept[np.flatnonzero(kept)] = rest
         masks = None
         if self.masks:
             given = [s for s, k in zip(instance.segmentations, kept, strict=True) if k]
             drawn = [draw(s, (height, width), size)[window[0] : window[2], window[1] : window[3]] for s in given]
             masks = np.array(drawn, np.uint8).reshape(-1, *image.shape[:2])
+            if augment.crop is not None:  # what is left of an object may not fill what is left of its box
+                for i in np.flatnonzero(cut):
+                    boxes[i] = bounds(masks[i])
+                shown = (boxes[:, 2:] > boxes[:, :2]).all(1)
+                kept[np.flatnonzero(kept)] = shown
+                boxes, masks = boxes[shown], masks[shown]
         if rng.random() < augment.flip:
             image = image[:, ::-1]
             boxes[:, [0, 2]] = image.shape[1] - boxes[:, [2, 0]]
@@ -165,6 +171,12 @@ class BoxDataset(Dataset):
             "id": index,
         }
         return sample if masks is None else sample | {"masks": torch.from_numpy(np.ascontiguousarray(masks))}
+
+
+def bounds(mask: Array) -> Array:
+    """x0, y0, x1, y1 of what a mask `[H, W]` shows; zeros if nothing."""
+    x, y = np.flatnonzero(mask.any(0)), np.flatnonzero(mask.any(1))
+    return np.array([x[0], y[0], x[-1] + 1, y[-1] + 1] if len(x) else np.zeros(4), np.float64)
 
 
 def draw(segmentation: Any, original: tuple[int, int], size: tuple[int, int]) -> Array:

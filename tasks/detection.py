@@ -230,6 +230,7 @@ class Detection(Task):
 
     def overlay(self, image: Array, items: list[dict[str, Any]]) -> Array:
         """`image` with what `collector` found in it."""
+        items = [item for item in items if item["score"] >= 0.3]  # `draw` shows no others: decode no masks for nothing
         label = {category: i for i, category in enumerate(self.category_ids)}
         boxes = np.array([item["bbox"] for item in items], dtype=np.float64).reshape(-1, 4)
         boxes[:, 2:] += boxes[:, :2]

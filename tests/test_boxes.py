@@ -390,3 +390,20 @@ def test_real_files(name, train, images, masks):
         for boxes, drawn in zip(batch["boxes"], batch["masks"]):
             areas = (boxes[:, 2:] - boxes[:, :2]).prod(1)
             assert (drawn.flatten(1).sum(1) <= 1.2 * areas + 8).all()
+
+
+def test_boxes_fit_what_a_crop_leaves_of_masks():
+    """An L: of its box the crop may leave much, of itself only one arm."""
+    shape = [[0, 0, 200, 0, 200, 20, 20, 20, 20, 200, 0, 200]]
+    box = np.array([[0.0, 0, 200, 200]])
+    one = Boxed("", 1, 240, 240, box, np.zeros(1, int), np.zeros(1, bool), shape)
+    augmentation = BoxAugmentation(flip=0, crop=(120, 120))
+    data = BoxDataset([one], 240, 240, augmentation, True, lambda _: np.zeros((240, 240, 3), np.uint8))
+    seen = 0
+    for _ in range(40):
+        sample = data[0]
+        for place, mask in zip(sample["boxes"].tolist(), sample["masks"], strict=True):
+            y, x = (torch.where(mask.any(i))[0] for i in (1, 0))
+            assert place == [x[0], y[0], x[-1] + 1, y[-1] + 1]
+            seen += 1
+    assert seen > 20

@@ -16,11 +16,15 @@ from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 from scipy.optimize import linear_sum_assignment
 
+from datamodules.box_ap import evaluate, masks_of, on_images
+from datamodules.boxes import BoxAugmentation, collate
 from datamodules.checks import check_keypoints
 from datamodules.coco_file import CocoFile
+from datamodules.coco_instances import CocoInstances, read_instances
 from datamodules.coco_keypoints import CocoKeypoints
 from datamodules.metrics import COCO_STATS, KeypointAP
 from datamodules.transforms import DataError, PoseAugmentation, apply, invert
+from hrnet.detectors.rcnn import targets
 
 pytestmark = pytest.mark.skipif(
     not os.environ.get("HRNET_TEST_DATA"), reason="real data: set HRNET_TEST_DATA to the folder that holds it"
@@ -28,6 +32,7 @@ pytestmark = pytest.mark.skipif(
 DATA = Path(os.environ.get("HRNET_TEST_DATA", ""))
 FORMATS = "keypoint-formats"
 SAMPLE = "coco-sample/annotations/person_keypoints_val2017.json"
+INSTANCES = "annotations/instances_val2017.json"
 SMALL = f"{FORMATS}/coco/test_coco.json"
 DETECTIONS = f"{FORMATS}/coco/test_coco_det_AP_H_56.json"
 
@@ -282,3 +287,24 @@ class TestCheck:
     def test_instances_file_is_told_apart(self):
         with pytest.raises(DataError, match=r"instances_val2017\.json: .*instances file instead of a keypoint file"):
             CocoFile(DATA / "coco-sample/annotations/instances_val2017.json", DATA)
+
+
+@pytest.mark.parametrize("shorter", [800, 320])
+def test_perfect_masks_score_high(shorter):
+    """What a perfect mask head would put out, brought to the pictures, is what is labelled, but for its 28x28 cells."""
+    root = DATA / "coco-sample"
+    images = {"train": INSTANCES, "val": INSTANCES, "train_images": "val2017"}
+    data = CocoInstances(str(root), masks=True, shorter=shorter, augmentation=BoxAugmentation(flip=0), **images)
+    data.setup("fit")
+    dataset, items = data.datasets["train"], []
+    for i in range(min(30, len(dataset))):
+        sample, instance = dataset[i], dataset.instances[i]
+        goal = targets(sample["masks"], sample["boxes"], torch.arange(len(sample["boxes"])), 28)
+        batch = collate([sample])
+        codes = masks_of([goal], on_images([sample["boxes"]], batch), batch)[0]
+        for label, code in zip(sample["labels"].tolist(), codes, strict=True):
+            category = data.category_ids[label]
+            items.append({"image_id": instance.image_id, "category_id": category, "score": 1.0, "segmentation": code})
+    truth = read_instances(root / INSTANCES, masks=True)
+    values = evaluate(truth, items, "segm", "faster", sorted({item["image_id"] for item in items}))
+    assert values[0] > (0.97 if shorter == 800 else 0.9)
