@@ -164,8 +164,15 @@ def evaluate(
         from pycocotools.coco import COCO
         from pycocotools.cocoeval import COCOeval
     count = len(truth["categories"])
+    if not items and truth["annotations"]:  # the tools want one at least: this one matches nothing
+        first = truth["images"][0] if images is None else next(x for x in truth["images"] if x["id"] == images[0])
+        place: dict[str, Any] = {"bbox": [0.0, 0.0, 0.0, 0.0]}
+        if kind == "segm":
+            nothing = np.zeros((first["height"], first["width"]), np.uint8, order="F")
+            place = {"segmentation": rle.encode(nothing)}
+        items = [{"image_id": first["id"], "category_id": truth["categories"][0]["id"], "score": 0.0} | place]
     if not items:
-        return [0.0 if truth["annotations"] else -1.0] * (12 + count)
+        return [-1.0] * (12 + count)
     with contextlib.redirect_stdout(io.StringIO()):  # both print tables and timings
         ground = COCO()
         ground.dataset = truth | {"annotations": [dict(a) for a in truth["annotations"]]}  # will be written to
@@ -205,7 +212,7 @@ def masks_of(
     return found
 
 
-def paste(mask: Array, box: Array, size: Sequence[int], threshold: float) -> Array:
+def paste(mask: Array, box: Array, size: Sequence[int], threshold: float = 0.5) -> Array:
     """uint8 `[H, W]` of a mask `[m, m]` over a box, interpolated between the centres of cells and of pixels (as mmdet
     does, and torchvision, which rounds boxes, does not)."""
     frame = np.zeros(tuple(size), np.uint8, order="F")

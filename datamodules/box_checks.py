@@ -1,15 +1,16 @@
 """Faults in files of boxes and instances, found before the first step and told all at once."""
 
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
+from pycocotools import mask as rle
 
 from datamodules.boxes import BoxData, Boxed
 from datamodules.checks import Report, check_images
-from datamodules.mask_files import dims
 from datamodules.transforms import DataError
 
 
@@ -28,6 +29,9 @@ def check_instances(
     report = Report(path)
     sizes = check_images(report, content["images"], images, decode)
     known = {c.get("id") for c in content["categories"]}
+    for name, count in Counter(c.get("name") for c in content["categories"]).items():
+        if count > 1:
+            report.add("categories of one name: their predictions could not be told apart", str(name))
     seen: set[Any] = set()
     flat, crowd, fractions = [], 0, 0
     for i, a in enumerate(content["annotations"]):
@@ -35,7 +39,7 @@ def check_instances(
         if a.get("category_id") not in known:
             report.add("category_id that no category has", f"{name} (category_id {a.get('category_id')})", i)
             continue
-        if a.get("id") in seen:
+        if a.get("id") is not None and a["id"] in seen:
             report.add("annotation ids used twice: COCO's evaluation would drop one of each", name, i)
         seen.add(a.get("id"))
         if a.get("image_id") not in sizes:
@@ -43,14 +47,18 @@ def check_instances(
             continue
         crowd += bool(a.get("iscrowd"))
         box = a.get("bbox")
-        if box is None or len(box) != 4 or not np.isfinite(np.array(box, dtype=np.float64)).all():
+        if not numbers(box) or len(box) != 4:
             report.add("bbox that is not four finite numbers (x, y, width, height)", f"{name} ({box})", i)
+            continue
+        area = a.get("area")
+        if area is not None and not numbers([area]):
+            report.add("area that is no number", f"{name} ({area})", i)
             continue
         (x, y, w, h), (width, height) = box, sizes[a["image_id"]]
         fractions += all(0 <= v <= 1 for v in box)
         if w < 0 or h < 0:
             report.add("bbox of negative width or height", f"{name} ({box})", i)
-        elif w < 1 or h < 1 or a.get("area", 1) <= 0:
+        elif w < 1 or h < 1 or (area is not None and area <= 0):
             flat.append(str(a.get("id")))
         elif x >= width or y >= height or x + w <= 0 or y + h <= 0:
             report.add("bbox wholly outside its image", f"{name} ({box}, image {width}x{height})", i)
@@ -81,12 +89,34 @@ def fault_of(segmentation: Any, size: tuple[float, float]) -> str:
             return (
                 f"segmentation (RLE) of another size than its image: {segmentation.get('size')} for {list(size)} (H, W)"
             )
-        return "" if segmentation.get("counts") else "segmentation (RLE) without counts"
+        counts = segmentation.get("counts")
+        if not counts:
+            return "segmentation (RLE) without counts"
+        if isinstance(counts, list):
+            sound = numbers(counts) and min(counts) >= 0 and sum(counts) == size[0] * size[1]
+        else:
+            try:
+                sound = rle.decode(segmentation).shape == tuple(size)
+            except (ValueError, TypeError):
+                sound = False
+        return "" if sound else "segmentation (RLE) whose counts are broken, or do not sum up to its size"
     if not isinstance(segmentation, list) or not segmentation:
         return "no segmentation: masks cannot be learned (`masks: false` learns boxes alone)"
+    if not all(numbers(polygon) for polygon in segmentation):
+        return "segmentation with a polygon that is not finite numbers"
     if any(len(polygon) < 6 or len(polygon) % 2 for polygon in segmentation):
         return "segmentation with a polygon of less than three points"
+    points = np.concatenate([np.reshape(polygon, (-1, 2)) for polygon in segmentation])
+    if (points.max(0) <= 0).any() or (points.min(0) >= size[::-1]).any():
+        return "segmentation wholly outside its image"
     return ""
+
+
+def numbers(values: Any) -> bool:
+    """Whether these are a list of finite numbers."""
+    if not isinstance(values, list | tuple) or not all(isinstance(v, int | float) for v in values):
+        return False
+    return bool(np.isfinite(np.array(values, dtype=np.float64)).all())
 
 
 def check_boxed(instances: list[Boxed], report: Report, faulty: Literal["error", "drop"]) -> list[Boxed]:
@@ -103,6 +133,8 @@ def check_boxed(instances: list[Boxed], report: Report, faulty: Literal["error",
         inside = (boxes[:, 2:] > 0).all(1) & (boxes[:, :2] < limit[:2]).all(1)
         for i in np.flatnonzero(~sound):
             report.add("boxes that are not finite numbers", f"{instance.path} ({boxes[i]})", seen + int(i))
+        for i in np.flatnonzero(sound & (boxes[:, 2:] < boxes[:, :2]).any(1)):
+            report.add("boxes whose corners are exchanged", f"{instance.path} ({boxes[i]})", seen + int(i))
         for i in np.flatnonzero(sound & ~inside):
             report.add("boxes wholly outside their image", f"{instance.path} ({boxes[i]})", seen + int(i))
         seen += len(boxes)
@@ -125,13 +157,13 @@ def tell(make: Callable[[], BoxData]) -> None:
     """What a `check` prints of data: every split's images, and its objects by class; exits with the faults."""
     try:
         data = make()
-        for split in ("train", "val"):
+        for split in ("train", "val", "test"):
             instances = data.instances(split)
             for instance in instances:
-                size = dims(Path(instance.path))
-                if instance.width and size != (instance.width, instance.height):
+                height, width = data.read(instance.path).shape[:2]
+                if instance.width and (width, height) != (instance.width, instance.height):
                     raise DataError(
-                        f"{instance.path}: the image is {size[0]}x{size[1]}, its record says "
+                        f"{instance.path}: the image is {width}x{height}, its record says "
                         f"{instance.width}x{instance.height}"
                     )
             counts = np.bincount(np.concatenate([i.labels for i in instances]), minlength=data.num_classes)

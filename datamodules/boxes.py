@@ -8,6 +8,7 @@ import albumentations as A
 import cv2
 import numpy as np
 import torch
+from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from pycocotools import mask as rle
 from torch import Tensor
 from torch.utils.data import BatchSampler, DataLoader, Dataset, RandomSampler, Sampler
@@ -81,6 +82,14 @@ class BoxAugmentation:
     scale: tuple[float, float] = (1.0, 1.0)
     crop: tuple[int, int] | None = None
     colour: float = 0.0
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.flip <= 1 or not 0 <= self.colour <= 1:
+            raise DataError(f"flip and colour are 0 to 1, got {self.flip} and {self.colour}")
+        if not 0 < self.scale[0] <= self.scale[1]:
+            raise DataError(f"scale is a range of positive factors, the smaller first, got {list(self.scale)}")
+        if self.crop is not None and min(self.crop) < 32:
+            raise DataError(f"crop is (H, W) in pixels, at least 32, got {list(self.crop)}")
 
     def look(self) -> A.Compose | None:
         """What changes colours only, or None."""
@@ -170,7 +179,7 @@ class BoxDataset(Dataset):
             "to_image": torch.tensor([[1 / scale[0], 0, 0], [0, 1 / scale[1], 0]], dtype=torch.float32),
             "id": index,
         }
-        return sample if masks is None else sample | {"masks": torch.from_numpy(np.ascontiguousarray(masks))}
+        return sample if masks is None else sample | {"masks": torch.from_numpy(masks.copy())}
 
 
 def bounds(mask: Array) -> Array:
@@ -255,12 +264,16 @@ class BoxData(DataModule):
         empty: whether to train on images that show nothing (officially not).
         per_class: whether to report AP of each class as well.
         backend: of the metric, see `BoxAP`.
+        batch_size: 2 a process, as officially.
         eval_batch_size: 1, as officially; more pads images to a common size, which changes what the network sees.
         **kwargs: see `DataModule`.
 
     Attributes:
         num_classes, class_names, category_ids, shorter, longer: facts that the command line gives to the task.
     """
+
+    read = staticmethod(read_image)
+    """What reads the images."""
 
     def __init__(
         self,
@@ -273,14 +286,18 @@ class BoxData(DataModule):
         empty: bool = False,
         per_class: bool = False,
         backend: str = "faster",
+        batch_size: int = 2,
         eval_batch_size: int | None = 1,
         **kwargs: Any,
     ) -> None:
-        super().__init__(eval_batch_size=eval_batch_size, **kwargs)
-        if min(shorter, longer) < 32:
+        super().__init__(batch_size, eval_batch_size=eval_batch_size, **kwargs)
+        if not 32 <= shorter <= longer:
             raise DataError(
-                f"shorter and longer are sides of images in pixels, at least 32, got {shorter} and {longer}"
+                f"shorter and longer are sides of images in pixels, at least 32 and in this order, got {shorter} and "
+                f"{longer}"
             )
+        if backend not in ("faster", "pycocotools"):
+            raise DataError(f"backend is faster or pycocotools, got {backend!r}")
         self.class_names, self.num_classes = list(class_names), len(class_names)
         self.category_ids = list(category_ids) if category_ids else list(range(1, self.num_classes + 1))
         self.shorter, self.longer, self.augmentation, self.masks = shorter, longer, augmentation, masks
@@ -310,11 +327,16 @@ class BoxData(DataModule):
                 continue
             instances = self.instances(split)
             if split == "train" and not self.empty:
+                count = len(instances)
                 instances = [i for i in instances if not i.crowd.all()]
+                if count > len(instances):
+                    rank_zero_info(
+                        f"{count - len(instances)} of {count} training images show no object and are left out"
+                    )
             if not instances:
                 raise DataError(f"the {split} split has no image" + (" with an object" if split == "train" else ""))
             augmentation = self.augmentation if split == "train" else None
-            self.datasets[split] = BoxDataset(instances, self.shorter, self.longer, augmentation, self.masks)
+            self.datasets[split] = BoxDataset(instances, self.shorter, self.longer, augmentation, self.masks, self.read)
 
     def loader(self, split: str, **options: Any) -> DataLoader:
         if split == "train":
@@ -327,20 +349,22 @@ class BoxData(DataModule):
 
 def coco_of(instances: Sequence[Boxed], names: Sequence[str], ids: Sequence[int]) -> dict[str, Any]:
     """The content of a COCO file."""
-    annotations = [
-        {
-            "id": 0,
-            "image_id": instance.image_id,
-            "category_id": ids[label],
-            "bbox": [float(v) for v in (*box[:2], *(box[2:] - box[:2]))],
-            "area": float((box[2:] - box[:2]).prod()),
-            "iscrowd": int(crowd),
-        }
-        for instance in instances
-        for box, label, crowd in zip(instance.boxes, instance.labels, instance.crowd, strict=True)
-    ]
-    for number, annotation in enumerate(annotations, 1):
-        annotation["id"] = number
+    annotations: list[dict[str, Any]] = []
+    for instance in instances:
+        for i, (box, label, crowd) in enumerate(zip(instance.boxes, instance.labels, instance.crowd, strict=True)):
+            annotation: dict[str, Any] = {
+                "id": len(annotations) + 1,
+                "image_id": instance.image_id,
+                "category_id": ids[label],
+                "bbox": [float(v) for v in (*box[:2], *(box[2:] - box[:2]))],
+                "area": float((box[2:] - box[:2]).prod()),
+                "iscrowd": int(crowd),
+            }
+            if instance.segmentations and instance.segmentations[i] is not None:
+                outline = [np.asarray(polygon).ravel().tolist() for polygon in instance.segmentations[i]]
+                code = rle.merge(rle.frPyObjects(outline, instance.height, instance.width))
+                annotation |= {"segmentation": outline, "area": float(rle.area(code))}
+            annotations.append(annotation)
     return {
         "images": [{"id": i.image_id, "file_name": i.path, "width": i.width, "height": i.height} for i in instances],
         "annotations": annotations,

@@ -18,18 +18,29 @@ class Report:
 
     Attributes:
         path: the file checked. faults: for each kind of fault (with consequence and remedy) the records that have it.
-        faulty: indices of the annotations that have any. notes: what is odd but no fault.
+        faulty, images: indices of the annotations, and of the image records, that have any. notes: what is odd but no
+            fault.
     """
 
     path: Path
     faults: dict[str, list[str]] = field(default_factory=lambda: defaultdict(list))
     faulty: set[int] = field(default_factory=set)
+    images: set[int] = field(default_factory=set)
     notes: list[str] = field(default_factory=list)
 
-    def add(self, fault: str, record: str, index: int | None = None) -> None:
+    def add(self, fault: str, record: str, index: int | None = None, image: int | None = None) -> None:
         self.faults[fault].append(record)
         if index is not None:
             self.faulty.add(index)
+        if image is not None:
+            self.images.add(image)
+
+    def drop_from(self, content: dict[str, Any]) -> None:
+        """Take the faulty records, and annotations of images that are gone, out of a COCO file's content."""
+        images = [x for i, x in enumerate(content["images"]) if i not in self.images]
+        left = {x["id"] for x in images}
+        taken = [a for i, a in enumerate(content["annotations"]) if i not in self.faulty]
+        content |= {"images": images, "annotations": [a for a in taken if a.get("image_id") in left]}
 
     def __str__(self) -> str:
         lines = [f"{self.path}: {len(self.faults)} kind(s) of fault"] if self.faults else [f"{self.path}: no fault"]
@@ -44,7 +55,7 @@ class Report:
             return
         if faulty == "error":
             raise DataError(f"{self}\n  Mend these, or leave the faulty records out with `faulty: drop`.")
-        rank_zero_warn(f"{len(self.faulty)} records are left out:\n{self}")
+        rank_zero_warn(f"{len(self.faulty) + len(self.images)} records are left out:\n{self}")
 
 
 def check_keypoints(
@@ -71,7 +82,7 @@ def check_keypoints(
             if a.get("category_id") not in {c.get("id") for c in content["categories"]}:
                 report.add("category_id that no category has: the record would be passed over in silence", name, i)
             continue
-        if a.get("id") in seen:
+        if a.get("id") is not None and a["id"] in seen:
             report.add("annotation ids used twice: COCO's evaluation would drop one of each", name, i)
         seen.add(a.get("id"))
         if a.get("image_id") not in sizes:
@@ -138,33 +149,39 @@ def check_images(
             all.
     """
     sizes: dict[Any, tuple[float, float]] = {}
+    place: dict[Any, int] = {}
     for i, image in enumerate(images):
         lacking = [k for k in ("id", "file_name", "width", "height") if k not in image]
         if lacking:
-            report.add(f"image records without {', '.join(lacking)}: they cannot be found or cropped", f"images[{i}]")
+            fault = f"image records without {', '.join(lacking)}: they cannot be found or cropped"
+            report.add(fault, f"images[{i}]", image=i)
             continue
         if image["id"] in sizes:
-            report.add("image ids used twice: labels would go to the wrong image", f"image {image['id']}")
-        sizes[image["id"]] = (image["width"], image["height"])
+            fault = "image ids used twice: labels would go to the wrong image"
+            report.add(fault, f"image {image['id']}", image=i)
+            report.images.add(place[image["id"]])
+        sizes[image["id"]], place[image["id"]] = (image["width"], image["height"]), i
         if used is None or image["id"] in used:
-            _check_image(report, image, folder, decode)
+            _check_image(report, image, i, folder, decode)
     return sizes
 
 
-def _check_image(report: Report, image: dict[str, Any], folder: Path, decode: bool) -> None:
+def _check_image(report: Report, image: dict[str, Any], i: int, folder: Path, decode: bool) -> None:
     file = folder / image["file_name"]
     if not file.is_file():
-        report.add(f"images that are not in {folder}: check the folder (train_images, val_images)", image["file_name"])
+        fault = f"images that are not in {folder}: check the folder (train_images, val_images)"
+        report.add(fault, image["file_name"], image=i)
     elif decode:
         try:
             height, width = read_image(file).shape[:2]
         except DataError as error:
-            report.add("images that cannot be read", str(error))
+            report.add("images that cannot be read", str(error), image=i)
             return
         if (width, height) != (image["width"], image["height"]):
             report.add(
                 "images of another size than their record says: labels would be displaced",
                 f"{image['file_name']} ({width}x{height}, record {image['width']}x{image['height']})",
+                image=i,
             )
 
 

@@ -27,7 +27,8 @@ class CocoInstances(BoxData):
         train, val, test: annotation files; test None is val.
         train_images, val_images, test_images: folders of the images.
         classes: names of the categories to take, in the order of their labels; None takes all by rising id.
-        faulty: "error" refuses faulty records, all at once; "drop" leaves them out and says how many.
+        faulty: "error" refuses faulty records, all at once; "drop" reads every image first, leaves out what is faulty,
+            and says how many.
         **kwargs: see `BoxData`.
 
     Raises:
@@ -61,6 +62,7 @@ class CocoInstances(BoxData):
             raise DataError(f"{self.paths['val'][0]}: no category is named {unknown}; there are {[*found.values()]}")
         ids = {name: i for i, name in found.items()}
         names = classes or [*found.values()]
+        self.all_classes = not classes
         super().__init__(names, [ids[name] for name in names], masks=masks, **kwargs)
 
     def content(self, split: str) -> dict[str, Any]:
@@ -70,6 +72,13 @@ class CocoInstances(BoxData):
             content = read_instances(path, self.masks)
             there = {c["id"]: c["name"] for c in content["categories"]}
             wrong = [n for i, n in zip(self.category_ids, self.class_names, strict=True) if there.get(i) != n]
+            used = Counter(a.get("category_id") for a in content["annotations"])
+            alone = [there[i] for i in there if i not in self.category_ids and used[i]] if self.all_classes else []
+            if alone:
+                raise DataError(
+                    f"{path}: categories {alone} are not in {self.paths['val'][0]}, and what they hold would not be "
+                    f"learned; add them there, or name the `classes` that you want"
+                )
             if wrong:
                 raise DataError(
                     f"{path}: categories {wrong} have other ids here, or are missing, than in {self.paths['val'][0]}: "
@@ -83,11 +92,12 @@ class CocoInstances(BoxData):
         content = self.content(split)
         if split == "test" and self.paths["test"] == self.paths["val"]:
             rank_zero_info("no test split is named: the validation split is tested")
-        report = check_instances(content, path, images, self.masks)
+        decode = self.faulty == "drop"  # what cannot be read shall be dropped too
+        report = check_instances(content, path, images, self.masks, decode)
         report.settle(self.faulty)
         for note in report.notes:
             rank_zero_warn(f"{path}: {note}")
-        content["annotations"] = [a for i, a in enumerate(content["annotations"]) if i not in report.faulty]
+        report.drop_from(content)
         return boxed(content, images, self.category_ids, self.masks)
 
     def truth(self, split: str) -> dict[str, Any]:
@@ -120,7 +130,7 @@ def boxed(content: dict[str, Any], images: Path, ids: list[int], masks: bool) ->
     label = {category: i for i, category in enumerate(ids)}
     parts = defaultdict(list)
     for a in content["annotations"]:
-        if a["category_id"] in label and min(a["bbox"][2:]) >= 1 and a.get("area", 1) > 0:
+        if a["category_id"] in label and min(a["bbox"][2:]) >= 1 and (a.get("area") is None or a["area"] > 0):
             parts[a["image_id"]].append(a)
     found = []
     for image in content["images"]:

@@ -91,11 +91,12 @@ class CocoKeypoints(KeypointData):
 
     def instances(self, split: str) -> list[Instance]:
         file = self.file(split)
-        report = check_keypoints(file.content, file.path, file.images, file.facts, file.categories)
+        decode = self.faulty == "drop"  # what cannot be read shall be dropped too
+        report = check_keypoints(file.content, file.path, file.images, file.facts, file.categories, decode)
         report.settle(self.faulty)
         for note in report.notes:
             rank_zero_warn(note)
-        file.content["annotations"] = [a for i, a in enumerate(file.content["annotations"]) if i not in report.faulty]
+        report.drop_from(file.content)
         if split != "train":  # said, since the two APs are not comparable
             if split == "test" and self.paths["test"] == self.paths["val"]:
                 rank_zero_info("no test split is named: the validation split is tested")

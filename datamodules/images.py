@@ -100,16 +100,10 @@ class Images(KeypointData):
         return [self._instance(i, [0, 0, *self._size(i)]) for i in self.files]
 
     def _size(self, image_id: int) -> tuple[int, int]:
-        """(W, H), of an image from its header where Pillow knows the format."""
+        """(W, H) of an image or a frame."""
         if self.video is not None:
             return self.video.size
-        try:
-            with Image.open(self.files[image_id]) as image:
-                turned = image.getexif().get(ExifTags.Base.Orientation, 1) > 4
-                return image.size[::-1] if turned else image.size
-        except Exception:  # whatever is wrong, reading says it better
-            height, width = read_upright(self.files[image_id]).shape[:2]
-            return width, height
+        return upright_size(self.files[image_id])
 
     def _instance(self, image_id: int, box: Sequence[float], **given: Any) -> Instance:
         path = str(self.files[image_id]) + (f"#{image_id}" if self.video else "")
@@ -160,6 +154,21 @@ class Images(KeypointData):
                 f"change category_id ({self.category_id})"
             )
         return sorted(found, key=lambda instance: instance.image_id)  # a video is read in order
+
+
+def upright_size(path: Path) -> tuple[int, int]:
+    """(W, H) of an image as `read_upright` reads it, from its header where Pillow knows the format.
+
+    Raises:
+        DataError: if it cannot be read.
+    """
+    try:
+        with Image.open(path) as image:
+            turned = image.getexif().get(ExifTags.Base.Orientation, 1) > 4
+            return image.size[::-1] if turned else image.size
+    except Exception:  # whatever is wrong, reading says it better
+        height, width = read_upright(path).shape[:2]
+        return width, height
 
 
 def found_in(path: str | list[str]) -> tuple[list[Path], Video | None]:

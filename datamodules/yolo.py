@@ -9,13 +9,13 @@ from typing import Any, Literal
 
 import numpy as np
 import yaml
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 
 from datamodules.box_checks import check_boxed, tell
 from datamodules.boxes import BoxData, Boxed
 from datamodules.checks import Report
-from datamodules.images import files_of
-from datamodules.mask_files import dims
-from datamodules.transforms import DataError
+from datamodules.images import files_of, upright_size
+from datamodules.transforms import DataError, read_upright
 
 
 class Yolo(BoxData):
@@ -23,7 +23,7 @@ class Yolo(BoxData):
 
     A label file has a line an object: its class, then x and y of its centre, width and height, or the corners of its
     outline; all as fractions of the image. It lies beside its image, or in `labels` where the path has `images`. An
-    image without one shows nothing.
+    image without one shows nothing. Images are turned as their EXIF orientation says, as those tools do.
 
     Args:
         root: the data.yaml (`path`, `train`, `val`, `test`, `names`), or its folder.
@@ -33,6 +33,8 @@ class Yolo(BoxData):
     Raises:
         DataError: if a file is missing or faulty, at construction or `setup`.
     """
+
+    read = staticmethod(read_upright)
 
     def __init__(self, root: str = "data/data.yaml", faulty: Literal["error", "drop"] = "error", **kwargs: Any) -> None:
         self.file = Path(root) / "data.yaml" if Path(root).is_dir() else Path(root)
@@ -67,9 +69,11 @@ class Yolo(BoxData):
         return sorted(files)
 
     def instances(self, split: str) -> list[Boxed]:
-        report, found = Report(self.file), []
+        report, found, bare = Report(self.file), [], []
         for number, image in enumerate(self.images(split), 1):
-            width, height = dims(image)
+            if not label_file(image).is_file():
+                bare.append(str(label_file(image)))
+            width, height = upright_size(image)
             boxes, labels, outlines = [], [], []
             for label, points in self.lines(label_file(image), report):
                 scaled = points.reshape(-1, 2) * (width, height)
@@ -84,6 +88,11 @@ class Yolo(BoxData):
             placed = np.array(boxes, np.float64).reshape(-1, 4)
             crowd = np.zeros(len(boxes), bool)
             found.append(Boxed(str(image), number, width, height, placed, np.array(labels, np.int64), crowd, outlines))
+        if bare:
+            rank_zero_warn(
+                f"{self.file}: {len(bare)} of {len(found)} images of {split} have no label file, and so show nothing "
+                f"(first missing {bare[0]})"
+            )
         return check_boxed(found, report, self.faulty)
 
     def lines(self, file: Path, report: Report) -> list[tuple[int, Any]]:
@@ -112,8 +121,9 @@ class Yolo(BoxData):
 
 def label_file(image: Path) -> Path:
     """Where the labels of an image are: beside it, or in `labels` instead of the last `images` of its path."""
-    parts = list(image.with_suffix(".txt").parts)
-    if "images" in parts[:-1]:
+    beside = image.with_suffix(".txt")
+    parts = list(beside.parts)
+    if "images" in parts[:-1] and not beside.is_file():
         parts[len(parts) - 2 - parts[-2::-1].index("images")] = "labels"
     return Path(*parts)
 
@@ -123,8 +133,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m datamodules.yolo", description=main.__doc__)
     check = parser.add_subparsers(required=True).add_parser("check")
     check.add_argument("root", help="data.yaml, or its folder")
+    check.add_argument("--masks", action="store_true", help="that all have outlines")
     args = parser.parse_args()
-    tell(lambda: Yolo(args.root))
+    tell(lambda: Yolo(args.root, masks=args.masks))
 
 
 if __name__ == "__main__":

@@ -65,7 +65,7 @@ def with_default_data(task: str, args: list[str]) -> list[str]:
         if not path.is_file():
             continue  # the parser says so
         try:
-            if "data" in (yaml.safe_load(path.read_text()) or {}):
+            if "class_path" in ((yaml.safe_load(path.read_text()) or {}).get("data") or {}):
                 return args
         except yaml.YAMLError as error:
             raise SettingError(f"{path}: not valid YAML: {error}") from None

@@ -2,7 +2,8 @@
 
 import functools
 import inspect
-from collections.abc import Iterator, Mapping
+import math
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, is_dataclass
 from typing import Any, Literal, Self
@@ -10,7 +11,7 @@ from typing import Any, Literal, Self
 import lightning as L
 import torch
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
-from lightning.pytorch.utilities.rank_zero import rank_zero_info
+from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from torch import Tensor, nn
 from torchmetrics import Metric, MetricCollection
 
@@ -201,6 +202,12 @@ class Task(L.LightningModule):
             rank_zero_info(report)
             if report.protocol and stage == "fit" and self.init_from.part == "all":
                 rank_zero_info(f"{report.path}: was trained with {summary(report.protocol)}")
+            learned, own = report.protocol.get("class_names"), getattr(self, "class_names", None)
+            if stage == "fit" and own and learned and list(learned) != list(own) and self.init_from.part != "backbone":
+                rank_zero_warn(
+                    f"{report.path} was trained for {shown(learned)}, the data are of {shown(own)}: layers for as many "
+                    f"classes were taken over, those for another number start anew"
+                )
             self.origin = {"path": report.path, "dialect": report.dialect, "sha256": report.hash}
             self.init_from = None  # once: a test after a fit must not start anew
 
@@ -234,10 +241,15 @@ class Task(L.LightningModule):
             optimizer.param_groups[1]["lr"] *= self.head_lr
         if self.lr_scheduler is None:
             return optimizer
-        scheduler = self.lr_scheduler(optimizer)
+        scheduler: Any = self.lr_scheduler(optimizer)
         if getattr(scheduler, "total", 0) is None:  # the length of the run, which the trainer knows
             steps = self.trainer.estimated_stepping_batches
             scheduler.total = steps if self.lr_interval == "step" else self.trainer.max_epochs  # type: ignore[attr-defined]
+        if getattr(scheduler, "warmup", 0) > (getattr(scheduler, "total", None) or math.inf) / 3:
+            rank_zero_warn(
+                f"the learning rate rises for {scheduler.warmup} of all {scheduler.total} {self.lr_interval}s "
+                f"(lr_scheduler.warmup): few are left to learn at full rate"
+            )
         if getattr(scheduler, "epochs", 0) is None:
             scheduler.epochs = self.trainer.max_epochs  # type: ignore[attr-defined]
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": self.lr_interval}}
@@ -266,3 +278,8 @@ def plain(value: Any) -> Any:
     if isinstance(value, tuple):
         return list(value)
     return asdict(value) if is_dataclass(value) and not isinstance(value, type) else value
+
+
+def shown(names: Sequence[str]) -> str:
+    """The first of many names."""
+    return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")

@@ -104,6 +104,8 @@ class Predictions(Callback):
                     path.parent.mkdir(parents=True, exist_ok=True)
                     path.write_text(json.dumps(results))
                     print(f"\n{len(results)} predictions in COCO's results format: {path}", flush=True)
+                    if hasattr(part, "truth"):  # with its numbering of images, and its classes
+                        path.with_name(f"{path.stem}_truth.json").write_text(json.dumps(part.truth))
 
     def on_predict_start(self, trainer: L.Trainer, task: Any) -> None:
         self.dataset = trainer.datamodule.datasets["predict"]  # type: ignore[attr-defined]
@@ -139,25 +141,23 @@ class Predictions(Callback):
         found = defaultdict(list)
         for item in results:
             found[item["image_id"]].append(item)
-        video, taken = None, set()
+        one = next(iter(first.values())).path
+        if re.fullmatch(r".*#\d+", one):
+            video, path = Video(one.rsplit("#", 1)[0]), folder / "overlay.mp4"
+            writer = cv2.VideoWriter(str(path), cv2.VideoWriter.fourcc(*"mp4v"), video.fps, video.size)
+            for i in range(len(video)):  # also frames that there was nothing to look for in
+                writer.write(cv2.cvtColor(task.overlay(video[i], found[i]), cv2.COLOR_RGB2BGR))
+            writer.release()
+            print(f"overlays:   {path}", flush=True)
+            return
+        taken = set()
         for image_id in sorted(first):
-            instance = first[image_id]
-            image = task.overlay(self.dataset.read(instance.path), found[image_id])
-            if re.fullmatch(r".*#\d+", instance.path):  # a frame
-                if video is None:
-                    code, size = cv2.VideoWriter.fourcc(*"mp4v"), image.shape[1::-1]
-                    video = cv2.VideoWriter(
-                        str(folder / "overlay.mp4"), code, Video(instance.path.rsplit("#", 1)[0]).fps, size
-                    )
-                video.write(cv2.cvtColor(image, cv2.COLOR_RGB2BGR))
-                continue
-            name = Path(instance.path).stem
-            name = f"{name}_{image_id}" if name in taken else name  # two folders may hold the same file name
+            path = Path(first[image_id].path)
+            name = f"{path.stem}_{image_id}" if path.stem in taken else path.stem  # two folders may hold the same name
             taken.add(name)
+            image = task.overlay(self.dataset.read(str(path)), found[image_id])
             write_image(str(folder / f"{name}.jpg"), image)
-        if video is not None:
-            video.release()
-        print(f"overlays:   {folder if video is None else folder / 'overlay.mp4'}", flush=True)
+        print(f"overlays:   {folder}", flush=True)
 
 
 class Summary(Callback):

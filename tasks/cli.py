@@ -19,7 +19,7 @@ import torch
 import yaml
 from lightning.pytorch.cli import LightningCLI, SaveConfigCallback
 from lightning.pytorch.loggers import CSVLogger, Logger, WandbLogger
-from lightning.pytorch.utilities.exceptions import SIGTERMException
+from lightning.pytorch.utilities.exceptions import MisconfigurationException, SIGTERMException
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 
 import datamodules
@@ -115,6 +115,7 @@ class CLI(LightningCLI):
             # To go on learning, the rest is the new recipe's.
             network_of = ("head", "detector", "upsample", "align_corners")
             found = {k: plain(v) for k, v in file.protocol.items() if command != "fit" or k in network_of}
+        found.pop("backbone", None)
         if not asked("model.backbone"):
             found["backbone"] = plain(file.config)
             if source.part == "backbone":  # how it up-samples is the new task's affair
@@ -306,7 +307,7 @@ def main(task: type[Task], args: list[str] | None = None) -> CLI:
         )
     except SIGTERMException:
         raise SystemExit(128 + signal.SIGTERM) from None  # what started the run should not take it for finished
-    except REFUSALS as error:
+    except (*REFUSALS, MisconfigurationException) as error:
         discard(CLI.folder)
         if os.environ.get("HRNET_TRACEBACK"):
             raise

@@ -19,7 +19,7 @@ from pycocotools import mask as rle
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from datamodules.box_ap import BoxAP, masks_of, on_images
+from datamodules.box_ap import BoxAP, masks_of, on_images, paste
 from datamodules.boxes import BoxDataset, Boxed, collate
 from datamodules.drawing import draw_boxes, write_text
 from datamodules.images import found_in, ids_of
@@ -29,7 +29,8 @@ from hrnet import PRESETS, HRNetConfig
 from hrnet.checkpoints import WeightsError
 from hrnet.detectors.rcnn import RCNN
 from hrnet.weights import InitFrom
-from tasks.base import Task
+from tasks.arguments import SettingError
+from tasks.base import Task, shown
 from tasks.cli import check_checkpoint, find_checkpoint, main
 
 
@@ -45,6 +46,14 @@ class Limits:
     score: float | None = None
     nms: float | None = None
     detections: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.score is not None and not 0 <= self.score < 1:
+            raise SettingError(f"evaluation.score is a probability, 0 to 1, got {self.score}")
+        if self.nms is not None and not 0 < self.nms <= 1:
+            raise SettingError(f"evaluation.nms is an overlap, above 0 and at most 1 (none), got {self.nms}")
+        if self.detections is not None and self.detections < 1:
+            raise SettingError(f"evaluation.detections is a number of boxes, at least 1, got {self.detections}")
 
 
 class Detection(Task):
@@ -119,8 +128,8 @@ class Detection(Task):
             images = data.batch_size * self.trainer.world_size * self.trainer.accumulate_grad_batches
             rate = optimizer.defaults["lr"]
             rank_zero_info(
-                f"{images} images a step, learning rate {rate:g}; the official 0.02 is for 16 images, "
-                f"in proportion {0.02 * images / 16:g} for {images}"
+                f"{images} images a step, learning rate {rate:g}: in proportion {rate * 16 / images:g} for 16 images, "
+                f"for which officially it is 0.02 (R-CNNs) or 0.01 (FCOS)"
             )
 
     def train(self, mode: bool = True) -> "Detection":
@@ -205,19 +214,23 @@ class Detection(Task):
         factor = min(1.0, 640 / max(image.shape[:2]))
         image = cv2.resize(image, None, fx=factor, fy=factor, interpolation=cv2.INTER_AREA) if factor < 1 else image
 
-        def panel(boxes: Tensor, labels: Tensor, scores: Tensor | None, title: str) -> Array:
+        def panel(boxes: Tensor, labels: Tensor, scores: Tensor | None, title: str, masks: list[Array]) -> Array:
             names = [self.class_names[i] for i in labels.tolist()]
             texts = names if scores is None else [f"{n} {s:.2f}" for n, s in zip(names, scores.tolist(), strict=True)]
             colours = [self.palette[i] for i in labels.tolist()]
-            drawn = draw_boxes(image, boxes.float().cpu().numpy() * factor, colours, texts)
+            drawn = draw_boxes(image, boxes.float().cpu().numpy() * factor, colours, texts, masks)
             write_text(drawn, title, (4, drawn.shape[0] - 6))
             return drawn
 
-        panels = [panel(batch["boxes"][index], batch["labels"][index], None, "label")]
+        place = image.shape[:2]
+        known = [cv2.resize(m.cpu().numpy(), place[::-1]) for m in batch["masks"][index]] if "masks" in batch else []
+        panels = [panel(batch["boxes"][index], batch["labels"][index], None, "label", known)]
         if prediction is not None:
             sure = prediction["scores"][index] >= 0.3
-            parts = (prediction[name][index][sure] for name in ("boxes", "labels", "scores"))
-            panels.append(panel(*parts, "prediction"))  # type: ignore[call-arg, misc, arg-type]
+            boxes, labels, scores = (prediction[name][index][sure].float() for name in ("boxes", "labels", "scores"))
+            found = prediction["masks"][index][sure].float().cpu().numpy() if "masks" in prediction else []
+            masks = [paste(m, b, place) for m, b in zip(found, boxes.cpu().numpy() * factor, strict=False)]
+            panels.append(panel(boxes, labels.long(), scores, "prediction", masks))
         return np.concatenate(panels, axis=1)
 
     def draw(self, image: Array, result: dict[str, Any], threshold: float = 0.3) -> Array:
@@ -286,8 +299,7 @@ def write_boxes(checkpoint: str, path: str, folder: Path) -> Path:
     model = Detection.load_from_checkpoint(checkpoint, map_location="cpu", weights_only=True)
     if torch.accelerator.is_available():
         model.to(torch.accelerator.current_accelerator())
-    several = yaml.safe_load(path)
-    files, video = found_in(several if isinstance(several, list) else path)
+    files, video = found_in(yaml.safe_load(path) if path.startswith("[") and not Path(path).exists() else path)
     pictures = enumerate(video) if video is not None else zip(ids_of(files), files, strict=True)  # type: ignore[arg-type, var-annotated]
     wanted = {"person"} & set(model.class_names) or set(model.class_names)
     items = []
@@ -307,11 +319,6 @@ def write_boxes(checkpoint: str, path: str, folder: Path) -> Path:
     file.write_text(json.dumps(items))
     print(f"{len(items)} boxes in {len(video or files)} images: {file}", flush=True)
     return file
-
-
-def shown(names: Sequence[str]) -> str:
-    """The first of many names."""
-    return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
 
 
 if __name__ == "__main__":

@@ -20,7 +20,7 @@ class WarmupCosine(LambdaLR):
     def __init__(self, optimizer: Optimizer, warmup: int, total: int | None = None, minimum: float = 0.0) -> None:
         if not 0 <= warmup < (total or warmup + 1):
             raise ValueError(f"warmup must be at least 0 and less than total, got {warmup} and {total}")
-        self.total = total
+        self.total, self.warmup = total, warmup
 
         def factor(now: int) -> float:
             if now < warmup:
@@ -76,7 +76,7 @@ class WarmupMultiStep(LambdaLR):
         total: int | None = None,
         epochs: int | None = None,
     ) -> None:
-        self.total, self.epochs = total, epochs
+        self.total, self.epochs, self.warmup = total, epochs, warmup
 
         def factor(now: int) -> float:
             start = ratio + (1 - ratio) * now / warmup if now < warmup else 1.0
@@ -93,4 +93,4 @@ class WarmupMultiStep(LambdaLR):
 
 def lengthless(state: dict[str, Any]) -> dict[str, Any]:
     """Without the run's length, so that one that goes on for longer learns for longer."""
-    return {k: v for k, v in state.items() if k not in ("total", "epochs")}
+    return {k: v for k, v in state.items() if k not in ("total", "epochs", "warmup")}

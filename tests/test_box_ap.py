@@ -11,7 +11,7 @@ from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 from torchmetrics import MetricCollection
 
-from datamodules.box_ap import STATS, BoxAP
+from datamodules.box_ap import STATS, BoxAP, evaluate
 
 NAMES, IDS = ["a", "b", "c"], [3, 7, 90]
 SIZE = (96, 128)
@@ -205,6 +205,17 @@ def test_two_processes_give_the_same_digits(tmp_path):
     for values, items in found:
         assert values == alone
         assert items == metric.results()
+
+
+@pytest.mark.parametrize("kind", ["bbox", "segm"])
+def test_nothing_found(kind):
+    """0 where there is something to find, -1 where not: as for any other detections."""
+    truth = scene()[0]
+    small = [a for a in truth["annotations"] if a["area"] < 32**2]
+    truth = truth | {"annotations": small[:1] or [truth["annotations"][0] | {"area": 100.0}]}
+    values = evaluate(truth, [], kind, "faster")
+    assert values[0] == values[3] == 0
+    assert values[4] == values[5] == -1
 
 
 def test_unknown_backend():

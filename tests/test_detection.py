@@ -21,7 +21,7 @@ from hrnet.checkpoints import WeightsError
 from hrnet.detectors.centernet import CenterNet
 from hrnet.detectors.rcnn import RCNN
 from tasks.arguments import SettingError
-from tasks.detection import Detection
+from tasks.detection import Detection, Limits
 from tasks.pose import Pose
 from tasks.schedules import WarmupMultiStep
 
@@ -118,6 +118,12 @@ def test_predict_a_video(masked, cli, tmp_path):
     items = json.loads((run.folder / "predictions/results.json").read_text())
     assert {item["image_id"] for item in items} == {0, 1, 2}
     assert cv2.VideoCapture(str(run.folder / "predictions/overlay.mp4")).get(cv2.CAP_PROP_FRAME_COUNT) == 3
+
+
+def test_limits_out_of_range():
+    for wrong in ({"score": 2}, {"nms": 0}, {"nms": 5}, {"detections": 0}):
+        with pytest.raises(SettingError, match=f"evaluation.{next(iter(wrong))}"):
+            Limits(**wrong)
 
 
 def test_people_are_found_before_their_poses(masked, cli, small, tmp_path):

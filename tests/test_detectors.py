@@ -97,6 +97,7 @@ def test_detections_lie_in_their_images(kind):
     for result, (height, width) in zip(results, batch["size"].tolist(), strict=True):
         boxes, scores, labels = result["boxes"], result["scores"], result["labels"]
         assert 0 < len(boxes) == len(scores) == len(labels) <= 100
+        assert (boxes[:, 2:] > boxes[:, :2]).all()
         assert boxes.min() >= 0
         assert (boxes[:, [0, 2]] <= width).all()
         assert (boxes[:, [1, 3]] <= height).all()

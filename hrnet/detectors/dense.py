@@ -51,7 +51,9 @@ class Dense(nn.Module):
         sizes = image_list(batch).image_sizes
         own = self.detector
         own.score_thresh, own.nms_thresh, own.detections_per_img = self.score, self.nms, self.detections
-        return own.postprocess_detections(parts, [list(a.split(counts)) for a in anchors], sizes)
+        found = own.postprocess_detections(parts, [list(a.split(counts)) for a in anchors], sizes)
+        real = [(f["boxes"][:, 2:] > f["boxes"][:, :2]).all(1) for f in found]  # FCOS may give boxes of no extent
+        return [{k: v[r] for k, v in f.items()} for f, r in zip(found, real, strict=True)]
 
     def look(self, maps: list[Tensor], batch: Any) -> tuple[dict[str, Tensor], list[Tensor], list[int]]:
         """Raw output fp32 `[B, N, ...]` of all anchors, the anchors `[N, 4]` of each image, how many each level has."""

@@ -136,6 +136,11 @@ class RCNN(nn.Module):
         detections: int = 100,
     ) -> None:
         super().__init__()
+        if anchors <= 0 or min(proposals, sampled, pyramid, width) < 1 or samples < 0:
+            raise ValueError(
+                f"sizes and numbers of an RCNN must be positive, got anchors {anchors}, proposals {proposals}, sampled "
+                f"{sampled}, pyramid {pyramid}, width {width}, samples {samples}"
+            )
         self.neck = HRNetV2p(channels, pyramid, pool=pool)
         self.classes = num_classes
         generator = Anchors([[anchors * 2**i] for i in range(5)], 4)
