@@ -17,6 +17,34 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
 from datamodules.drawing import grid, write_image
 from datamodules.video import Video
+from hrnet.fast import Fast
+
+
+class Faster(Callback):
+    """Runs the backbone as `hrnet.fast.Fast` while `validate`, `test` and `predict` run; in bf16 if the trainer does.
+
+    Args:
+        compiled: see `Fast`.
+    """
+
+    def __init__(self, compiled: bool = False) -> None:
+        self.compiled = compiled
+        self.backbone: Any = None
+
+    def on_validation_start(self, trainer: L.Trainer, task: Any) -> None:
+        if trainer.state.fn == TrainerFn.FITTING or not any(True for _ in task.backbone.parameters()):
+            return  # weights that change cannot be folded; and an exported network has none
+        self.backbone = task.backbone
+        dtype = torch.bfloat16 if trainer.precision == "bf16-mixed" else torch.float32
+        task.backbone = Fast(task.backbone, dtype, self.compiled)
+
+    on_test_start = on_predict_start = on_validation_start  # type: ignore[assignment]
+
+    def on_validation_end(self, trainer: L.Trainer, task: Any) -> None:
+        if self.backbone is not None:
+            task.backbone, self.backbone = self.backbone, None
+
+    on_test_end = on_predict_end = on_validation_end  # type: ignore[assignment]
 
 
 class Pictures(Callback):

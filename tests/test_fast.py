@@ -1,0 +1,70 @@
+"""The network run fast gives what it gives anyway."""
+
+import pytest
+import torch
+from torch import nn
+
+from hrnet import HRNet, HRNetConfig
+from hrnet.fast import Fast, folded
+from hrnet.heads import OCR, Classification, HRNetV2
+from tasks.pose import Pose
+
+TINY = HRNetConfig(8, modules=(1, 2, 1), blocks=1, stem=(1, 8))
+
+
+def network(head=None, config=TINY):
+    torch.manual_seed(0)
+    backbone = HRNet(config)
+    net = backbone if head is None else nn.Sequential(backbone, head(backbone.channels, 5))
+    for name, buffer in net.named_buffers():  # as if trained
+        if name.endswith("running_mean"):
+            buffer.normal_(std=0.1)
+        elif name.endswith("running_var"):
+            buffer.uniform_(0.5, 2)
+    return net.eval()
+
+
+def flat(output):
+    parts = output if isinstance(output, list | tuple) else [output]
+    return torch.cat([part.flatten() for part in parts]).float()
+
+
+def error(a, b):
+    return float((flat(a) - flat(b)).abs().max() / flat(a).abs().max())
+
+
+@pytest.mark.parametrize("head", [None, HRNetV2, Classification, OCR])
+@pytest.mark.parametrize("size", [(2, 3, 64, 96), (1, 3, 75, 50)])
+@torch.no_grad()
+def test_folded_is_the_same_function(head, size):
+    net, x = network(head), torch.randn(size)
+    before = {k: v.clone() for k, v in net.state_dict().items()}
+    fast = Fast(net)
+    assert error(net(x), fast(x)) < 1e-5
+    assert error(net(x), Fast(net, torch.bfloat16)(x)) < 0.1
+    assert all(torch.equal(v, before[k]) for k, v in net.state_dict().items())  # a copy was folded
+
+
+def test_no_batch_norm_is_left_in_the_backbone():
+    kinds = [type(m) for m in folded(network()).modules()]
+    assert nn.BatchNorm2d not in kinds
+    assert kinds.count(nn.Conv2d) == sum(isinstance(m, nn.Conv2d) for m in network().modules())
+
+
+def test_compiled_is_the_same_function_for_so_many_sizes():
+    net = network(config=HRNetConfig(4, modules=(1, 1, 1), blocks=1, stem=(1, 4)))
+    fast = Fast(net, compiled=True, sizes=1)
+    with torch.inference_mode():
+        for size in ((1, 3, 64, 64), (1, 3, 32, 64), (1, 3, 64, 64)):
+            x = torch.randn(size)
+            assert error(net(x), fast(x)) < 1e-5
+    assert fast.seen == {(1, 3, 64, 64)}
+
+
+def test_evaluates_to_the_same_numbers(cli, small, tmp_path):
+    backbone = "--model.backbone={width: 8, modules: [1, 1, 1], blocks: 1, stem: [1, 16]}"
+    cli(tmp_path, "fit", *small, backbone, "--trainer.max_epochs=1", task=Pose)
+    slow = cli(tmp_path, "validate", *small, "--ckpt_path=last", task=Pose)
+    fast = cli(tmp_path, "validate", *small, "--ckpt_path=last", "--fast=folded", task=Pose)
+    assert fast.numbers == pytest.approx(slow.numbers, abs=1e-4)
+    assert isinstance(fast.model.backbone, HRNet)  # put back
