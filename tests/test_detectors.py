@@ -181,8 +181,8 @@ def test_one_stage_detectors_are_torchvisions():
             def forward(self, x, backbone=backbone, neck=ours.neck):
                 return OrderedDict((str(i), level) for i, level in enumerate(neck(backbone(x))))
 
-        model = theirs(Whole(), 5, min_size=128, max_size=160, anchor_generator=ours.detector.anchor_generator)
-        model.head.load_state_dict(ours.detector.head.state_dict())
+        anchors, head = ours.detector.anchor_generator, ours.detector.head
+        model = theirs(Whole(), 5, min_size=128, max_size=160, anchor_generator=anchors, head=head)
         image = torch.rand(3, 128, 160)
         batch = {"image": image[None], "size": torch.tensor([[128, 160]])}
         batch |= {"boxes": make_batch()["boxes"][:1], "labels": make_batch()["labels"][:1]}

@@ -1,9 +1,11 @@
 """One-stage detectors on the HRNetV2p pyramid, with torchvision's heads, assignment and losses: RetinaNet and FCOS."""
 
+from functools import partial
 from typing import Any, Literal
 
 from torch import Tensor, nn
 from torchvision.models import detection
+from torchvision.models.detection.retinanet import RetinaNetHead
 
 from hrnet.detectors.rcnn import Anchors, image_list
 from hrnet.heads import HRNetV2p
@@ -65,14 +67,15 @@ class Dense(nn.Module):
 
 
 class RetinaNet(Dense):
-    """Focal loss on anchors of three sizes and three aspects a place (arXiv 1708.02002).
+    """Focal loss on anchors of three sizes and three aspects a place (arXiv 1708.02002), GIoU loss of boxes, and group
+    norm in the heads.
 
     Args:
         channels: of the backbone's four maps.
         num_classes: without a background.
         anchors: size of the smallest anchors on the finest level, pixels; each of the five levels doubles it.
         pool, finest: of the pyramid, see `HRNetV2p`.
-        pyramid: channels of the pyramid and of the heads (FCOS: a multiple of 32).
+        pyramid: channels of the pyramid and of the heads, a multiple of 32.
         score, nms, detections: least score, overlap of suppression, and number of what is put out.
     """
 
@@ -89,7 +92,10 @@ class RetinaNet(Dense):
         detections: int = 100,
     ) -> None:
         generator = Anchors([[anchors * 2 ** (i + j / 3) for j in range(3)] for i in range(5)], finest)
-        detector = detection.RetinaNet(Levels(pyramid), num_classes, anchor_generator=generator)
+        # As in torchvision's second version: without normalisation the heads take very long to learn from scratch.
+        head = RetinaNetHead(pyramid, 9, num_classes, norm_layer=partial(nn.GroupNorm, 32))
+        head.regression_head._loss_type = "giou"
+        detector = detection.RetinaNet(Levels(pyramid), num_classes, anchor_generator=generator, head=head)
         super().__init__(channels, detector, pool, finest, (score, nms, detections))
 
 
