@@ -65,7 +65,8 @@ def with_default_data(task: str, args: list[str]) -> list[str]:
         if not path.is_file():
             continue  # the parser says so
         try:
-            if "class_path" in ((yaml.safe_load(path.read_text()) or {}).get("data") or {}):
+            data = (yaml.safe_load(path.read_text()) or {}).get("data")
+            if isinstance(data, str) or (data and "class_path" in data):  # else only settings of the default's
                 return args
         except yaml.YAMLError as error:
             raise SettingError(f"{path}: not valid YAML: {error}") from None

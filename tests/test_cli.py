@@ -359,6 +359,7 @@ TABLE = [
     (["fit", "-c=with_data.yaml"], None),
     (["fit", "-c", "without.yaml"], "rendered"),
     (["fit", "-c", "empty.yaml"], "rendered"),
+    (["fit", "-c", "settings.yaml"], "rendered"),
     (["fit", "-c", "absent.yaml"], "rendered"),
     (["fit", "-c", "without.yaml", "-c", "with_data.yaml"], None),
     (["predict", "-c", "without.yaml", "--data.path=x"], "predict"),
@@ -370,6 +371,7 @@ def test_default_data(args, expected, tmp_path, monkeypatch):
     (tmp_path / "with_data.yaml").write_text("data: datamodules.mpii.Mpii\n")
     (tmp_path / "without.yaml").write_text("trainer: {max_epochs: 1}\n")
     (tmp_path / "empty.yaml").write_text("# nothing yet\n")
+    (tmp_path / "settings.yaml").write_text("data: {batch_size: 4}\n")
     monkeypatch.chdir(tmp_path)
     got = with_default_data("pose", args)
     if expected is None:

@@ -304,7 +304,7 @@ def test_real_samples():
             sample["keypoints"][seen], apply(matrix, np.array(record["joints"]) - 1)[seen], atol=1e-3
         )
         # The same square of pixels, but for cv2's own rounding to a 32nd of a pixel.
-        expected = warp(dataset.read(instance), matrix, (256, 256)).transpose(2, 0, 1)
+        expected = warp(dataset.read(instance.path), matrix, (256, 256)).transpose(2, 0, 1)
         assert np.abs(sample["image"].astype(int) - expected).mean() < 0.1
         assert ((sample["keypoints"][seen] > 0) & (sample["keypoints"][seen] < 256)).mean() > 0.9
     assert perfect(data)["PCKh@0.5"] == 100

@@ -64,7 +64,7 @@ def batch(rendered):
 def picture(rendered):
     """An image that stands alone, and a box in it."""
     instance = rendered.datasets["val"].instances[0]
-    return rendered.datasets["val"].read(instance), instance
+    return rendered.datasets["val"].read(instance.path), instance
 
 
 # Loss
