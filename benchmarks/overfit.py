@@ -22,7 +22,7 @@ KINDS = {
         "--model.detector.masks=true",
         "--data.masks=true",
     ],
-    "RetinaNet": ["dense.RetinaNet", "--model.detector.finest=4"],
+    "RetinaNet": ["dense.RetinaNet"],
     "FCOS": ["dense.FCOS", "--model.detector.finest=4"],
     "CenterNet": ["centernet.CenterNet"],
 }
