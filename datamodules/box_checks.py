@@ -9,7 +9,8 @@ import numpy as np
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from pycocotools import mask as rle
 
-from datamodules.boxes import BoxData, Boxed
+from datamodules.box_data import BoxData
+from datamodules.boxes import Boxed
 from datamodules.checks import Report, check_images
 from datamodules.transforms import DataError
 

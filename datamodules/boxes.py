@@ -1,21 +1,17 @@
-"""Images with boxes, and masks of instances: what all detection data share, and the batch they yield."""
+"""Images with boxes, and masks of instances: how they are read and augmented, and the batch they make."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal, NotRequired, TypedDict
+from typing import Any, NotRequired, TypedDict
 
 import albumentations as A
 import cv2
 import numpy as np
 import torch
-from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from pycocotools import mask as rle
 from torch import Tensor
-from torch.utils.data import BatchSampler, DataLoader, Dataset, RandomSampler, Sampler
-from torchmetrics import Metric, MetricCollection
+from torch.utils.data import Dataset
 
-from datamodules.base import DataModule
-from datamodules.box_ap import BoxAP
 from datamodules.transforms import Array, DataError, read_image
 
 PADDING = (124, 116, 104)
@@ -222,151 +218,3 @@ def collate(samples: list[dict[str, Any]]) -> dict[str, Any]:
             for sample, (h, w) in zip(samples, sizes, strict=True)
         ]
     return batch
-
-
-class GroupedBatches(BatchSampler):
-    """Batches of upright or of lying images, so that little is padded; what is left at the end goes together.
-
-    As many batches as ungrouped, in every process of several.
-
-    Args:
-        sampler, batch_size, drop_last: see `torch.utils.data.BatchSampler`.
-        groups: of every image of the data set.
-    """
-
-    def __init__(self, sampler: Sampler[int], batch_size: int, drop_last: bool, groups: Sequence[bool] = ()) -> None:
-        super().__init__(sampler, batch_size, drop_last)
-        self.groups = groups
-
-    def __iter__(self) -> Iterator[list[int]]:
-        waiting: dict[bool, list[int]] = {False: [], True: []}
-        for index in self.sampler:
-            group = waiting[self.groups[index]]
-            group.append(index)
-            if len(group) == self.batch_size:
-                yield list(group)
-                group.clear()
-        rest = waiting[False] + waiting[True]
-        for start in range(0, len(rest), self.batch_size):
-            batch = rest[start : start + self.batch_size]
-            if len(batch) == self.batch_size or not self.drop_last:
-                yield batch
-
-
-class BoxData(DataModule):
-    """Loaders of images and boxes. A subclass says `instances(split)`.
-
-    Args:
-        class_names: of the classes 0, 1, ...
-        category_ids: their numbers in files of results; None counts from 1.
-        shorter, longer, masks: see `BoxDataset`; officially 800 and 1333.
-        augmentation: of training.
-        empty: whether to train on images that show nothing (officially not).
-        per_class: whether to report AP of each class as well.
-        backend: of the metric, see `BoxAP`.
-        batch_size: 2 a process, as officially.
-        eval_batch_size: 1, as officially; more pads images to a common size, which changes what the network sees.
-        **kwargs: see `DataModule`.
-
-    Attributes:
-        num_classes, class_names, category_ids, shorter, longer: facts that the command line gives to the task.
-    """
-
-    read = staticmethod(read_image)
-    """What reads the images."""
-
-    def __init__(
-        self,
-        class_names: Sequence[str],
-        category_ids: Sequence[int] | None = None,
-        shorter: int = 800,
-        longer: int = 1333,
-        augmentation: BoxAugmentation = BoxAugmentation(),
-        masks: bool = False,
-        empty: bool = False,
-        per_class: bool = False,
-        backend: str = "faster",
-        batch_size: int = 2,
-        eval_batch_size: int | None = 1,
-        **kwargs: Any,
-    ) -> None:
-        super().__init__(batch_size, eval_batch_size=eval_batch_size, **kwargs)
-        if not 32 <= shorter <= longer:
-            raise DataError(
-                f"shorter and longer are sides of images in pixels, at least 32 and in this order, got {shorter} and "
-                f"{longer}"
-            )
-        if backend not in ("faster", "pycocotools"):
-            raise DataError(f"backend is faster or pycocotools, got {backend!r}")
-        self.class_names, self.num_classes = list(class_names), len(class_names)
-        self.category_ids = list(category_ids) if category_ids else list(range(1, self.num_classes + 1))
-        self.shorter, self.longer, self.augmentation, self.masks = shorter, longer, augmentation, masks
-        self.empty, self.per_class, self.backend = empty, per_class, backend
-
-    def instances(self, split: str) -> list[Boxed]:
-        """All images of "train", "val" or "test", and what is in them."""
-        raise NotImplementedError
-
-    def truth(self, split: str) -> dict[str, Any]:
-        """What is to be found, as a COCO file has it."""
-        return coco_of(self.datasets[split].instances, self.class_names, self.category_ids)  # type: ignore[attr-defined]
-
-    def metric(self, split: str = "val") -> Metric | MetricCollection:
-        """COCO's AP of boxes, and of masks if there are any."""
-        truth, ids = self.truth(split), [i.image_id for i in self.datasets[split].instances]  # type: ignore[attr-defined]
-        kinds: tuple[Literal["bbox", "segm"], ...] = ("bbox", "segm") if self.masks else ("bbox",)
-        parts = {
-            kind: BoxAP(truth, ids, self.category_ids, self.class_names, kind, self.per_class, self.backend)
-            for kind in kinds
-        }
-        return MetricCollection(parts, compute_groups=False) if self.masks else parts["bbox"]  # type: ignore[arg-type]
-
-    def setup(self, stage: str) -> None:
-        for split in {"fit": ["train", "val"], "validate": ["val"], "test": ["test"]}[stage]:
-            if split in self.datasets:
-                continue
-            instances = self.instances(split)
-            if split == "train" and not self.empty:
-                count = len(instances)
-                instances = [i for i in instances if not i.crowd.all()]
-                if count > len(instances):
-                    rank_zero_info(
-                        f"{count - len(instances)} of {count} training images show no object and are left out"
-                    )
-            if not instances:
-                raise DataError(f"the {split} split has no image" + (" with an object" if split == "train" else ""))
-            augmentation = self.augmentation if split == "train" else None
-            self.datasets[split] = BoxDataset(instances, self.shorter, self.longer, augmentation, self.masks, self.read)
-
-    def loader(self, split: str, **options: Any) -> DataLoader:
-        if split == "train":
-            dataset: Any = self.datasets[split]
-            groups = [i.width > i.height for i in dataset.instances]
-            drop = len(dataset) >= self.batch_size
-            options["batch_sampler"] = GroupedBatches(RandomSampler(dataset), self.batch_size, drop, groups)
-        return super().loader(split, collate_fn=collate, **options)
-
-
-def coco_of(instances: Sequence[Boxed], names: Sequence[str], ids: Sequence[int]) -> dict[str, Any]:
-    """The content of a COCO file."""
-    annotations: list[dict[str, Any]] = []
-    for instance in instances:
-        for i, (box, label, crowd) in enumerate(zip(instance.boxes, instance.labels, instance.crowd, strict=True)):
-            annotation: dict[str, Any] = {
-                "id": len(annotations) + 1,
-                "image_id": instance.image_id,
-                "category_id": ids[label],
-                "bbox": [float(v) for v in (*box[:2], *(box[2:] - box[:2]))],
-                "area": float((box[2:] - box[:2]).prod()),
-                "iscrowd": int(crowd),
-            }
-            if instance.segmentations and instance.segmentations[i] is not None:
-                outline = [np.asarray(polygon).ravel().tolist() for polygon in instance.segmentations[i]]
-                code = rle.merge(rle.frPyObjects(outline, instance.height, instance.width))
-                annotation |= {"segmentation": outline, "area": float(rle.area(code))}
-            annotations.append(annotation)
-    return {
-        "images": [{"id": i.image_id, "file_name": i.path, "width": i.width, "height": i.height} for i in instances],
-        "annotations": annotations,
-        "categories": [{"id": i, "name": name} for i, name in zip(ids, names, strict=True)],
-    }

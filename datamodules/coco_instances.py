@@ -12,7 +12,8 @@ import numpy as np
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 
 from datamodules.box_checks import check_instances
-from datamodules.boxes import BoxData, BoxDataset, Boxed
+from datamodules.box_data import BoxData
+from datamodules.boxes import BoxDataset, Boxed
 from datamodules.coco_file import paths_of, read_json
 from datamodules.drawing import draw_boxes, fitted, grid, write_image
 from datamodules.mask_files import distinct

@@ -12,7 +12,8 @@ from typing import Any, Literal
 import numpy as np
 
 from datamodules.box_checks import check_boxed, tell
-from datamodules.boxes import BoxData, Boxed
+from datamodules.box_data import BoxData
+from datamodules.boxes import Boxed
 from datamodules.checks import Report
 from datamodules.images import IMAGES
 from datamodules.transforms import DataError

@@ -19,7 +19,8 @@ from tqdm import tqdm
 
 from datamodules import scenes
 from datamodules.base import Instance, KeypointData, Keypoints
-from datamodules.boxes import BoxData, Boxed
+from datamodules.box_data import BoxData
+from datamodules.boxes import Boxed
 from datamodules.coco_file import CocoFile, pairs_of, sigmas_of
 from datamodules.coco_instances import boxed, read_instances
 from datamodules.image_folder import ImageFolder

@@ -12,7 +12,8 @@ import yaml
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 
 from datamodules.box_checks import check_boxed, tell
-from datamodules.boxes import BoxData, Boxed
+from datamodules.box_data import BoxData
+from datamodules.boxes import Boxed
 from datamodules.checks import Report
 from datamodules.images import files_of, upright_size
 from datamodules.transforms import DataError, read_upright

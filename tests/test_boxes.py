@@ -16,7 +16,8 @@ from PIL import Image
 from pycocotools import mask as rle
 from torch.utils.data import SequentialSampler
 
-from datamodules.boxes import BoxAugmentation, BoxDataset, Boxed, GroupedBatches, collate
+from datamodules.box_data import GroupedBatches
+from datamodules.boxes import BoxAugmentation, BoxDataset, Boxed, collate
 from datamodules.coco_instances import CocoInstances
 from datamodules.pascal_voc import PascalVoc
 from datamodules.rendered import RenderedBoxes
