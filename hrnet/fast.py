@@ -29,8 +29,8 @@ def folded(network: nn.Module) -> nn.Module:
 class Fast(nn.Module):
     """Stands for a trained network, whose weights it copies: the same outputs, in fp32, without gradients.
 
-    Folding and channels-last memory change fp32 outputs by rounding alone (relative error below 1e-5, tests/test_fast.py);
-    bf16 has 8 bits.
+    Folding and channels-last memory change fp32 outputs by rounding alone (relative error below 1e-5,
+    tests/test_fast.py); bf16 has 8 bits.
 
     Args:
         network: an `HRNet`, or any module of one image that has batch norms.

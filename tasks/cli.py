@@ -62,9 +62,7 @@ class CLI(LightningCLI):
 
     def add_arguments_to_parser(self, parser: Any) -> None:
         if self.preparing != "fit":
-            text = (
-                "run the backbone with batch norm folded in, or compiled as well (takes its time for each image size)"
-            )
+            text = "run the backbone with batch norm folded in, or compiled as well (which takes time for each size)"
             parser.add_argument("--fast", type=Literal["no", "folded", "compiled"], default="no", help=text)
         if self.preparing == "predict":  # pictures know nothing of keypoints: the checkpoint does
             for name in self.model_class.protocol:
