@@ -9,6 +9,7 @@ import functools
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict, dataclass
+from functools import partial
 from typing import Any, Literal
 
 import lightning as L
@@ -16,6 +17,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
+
+from hrnet.streams import side_by_side
 
 
 @dataclass(frozen=True)
@@ -137,11 +140,13 @@ class Bottleneck(nn.Module):
 class Module(nn.Module):
     """Parallel branches of residual units, then one exchange between all of them (paper, fig. 3).
 
-    `fused` finest branches are put out after the exchange; 0 leaves the exchange out.
+    `fused` finest branches are put out after the exchange; 0 leaves the exchange out. With `parallel` the branches have
+    a CUDA stream each.
     """
 
     def __init__(self, channels: list[int], blocks: int, fused: int, upsample: str, align_corners: bool) -> None:
         super().__init__()
+        self.parallel = False
         self.upsample = upsample
         self.align_corners = align_corners if upsample == "bilinear" else None
         self.branches = nn.ModuleList(nn.Sequential(*(BasicBlock(c, c) for _ in range(blocks))) for c in channels)
@@ -165,21 +170,26 @@ class Module(nn.Module):
         return nn.Sequential(*steps, last)
 
     def forward(self, maps: list[Tensor]) -> list[Tensor]:
-        maps = [branch(x) for branch, x in zip(self.branches, maps, strict=True)]
+        branches = [partial(branch, x) for branch, x in zip(self.branches, maps, strict=True)]
+        maps = side_by_side(branches, maps, self.parallel)
         if not len(self.fuse_layers):
             return maps
-        fused = []
-        for target, paths in enumerate(self.fuse_layers):
-            parts = []
-            for source, x in enumerate(maps):
-                y = paths[source](x)  # type: ignore[index]
-                if source > target:
-                    y = self._resize(y, 2 ** (source - target), maps[target].shape[-2:])
-                parts.append(y)
-            fused.append(F.relu(functools.reduce(torch.add, parts)))
-        return fused
+        return side_by_side(
+            [partial(self.exchanged, i, maps) for i in range(len(self.fuse_layers))], maps, self.parallel
+        )
 
-    def _resize(self, x: Tensor, factor: int, size: torch.Size) -> Tensor:
+    def exchanged(self, target: int, maps: list[Tensor]) -> Tensor:
+        """What branch `target` becomes by the exchange."""
+        parts = []
+        for source, x in enumerate(maps):
+            y = self.fuse_layers[target][source](x)  # type: ignore[index]
+            if source > target:
+                y = self.resize(y, 2 ** (source - target), maps[target].shape[-2:])
+            parts.append(y)
+        return F.relu(functools.reduce(torch.add, parts))
+
+    def resize(self, x: Tensor, factor: int, size: torch.Size) -> Tensor:
+        """A coarser map, up-sampled to a finer one's size."""
         if self.upsample == "bilinear":
             return F.interpolate(x, size=size, mode="bilinear", align_corners=self.align_corners)
         # A fixed factor and a crop, instead of a fit to `size`: sizes that 32 does not divide then see the same
@@ -267,8 +277,7 @@ class HRNet(L.LightningModule):
         Returns:
             `outputs` maps, finest first: `[B, width * 2**i, ceil(H / 4 / 2**i), ceil(W / 4 / 2**i)]`.
         """
-        if min(image.shape[-2:]) < 32:
-            raise ValueError(f"HRNet needs images of at least 32x32 pixels, got {tuple(image.shape[-2:])}")
+        check_size(image)
         x = F.relu(self.bn1(self.conv1(image)), inplace=True)
         x = F.relu(self.bn2(self.conv2(x)), inplace=True)
         maps = [self.layer1(x)]
@@ -281,11 +290,16 @@ class HRNet(L.LightningModule):
             maps = [layer(x) for layer, x in zip(transition, [*maps, maps[-1]], strict=True)]
             for module in stage:
                 if self.config.checkpointing and torch.is_grad_enabled():
-                    contexts = functools.partial(recomputing, module)
+                    contexts = partial(recomputing, module)
                     maps = checkpoint(module, maps, use_reentrant=False, context_fn=contexts)
                 else:
                     maps = module(maps)
         return maps[: len(self.channels)]
+
+
+def check_size(image: Tensor) -> None:
+    if min(image.shape[-2:]) < 32:
+        raise ValueError(f"HRNet needs images of at least 32x32 pixels, got {tuple(image.shape[-2:])}")
 
 
 @contextmanager
