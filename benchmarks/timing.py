@@ -34,7 +34,7 @@ def medians(candidates: Mapping[str, Callable[[], Any]], rounds: int = 7, least:
     return {name: statistics.median(each) for name, each in times.items()}
 
 
-def report(benchmark: str, case: str, peer: str, seconds: Mapping[str, float], notes: Mapping[str, str] = {}) -> None:  # noqa: B006
+def report(benchmark: str, case: str, peer: str, seconds: Mapping[str, float], notes: Mapping[str, str] = {}) -> None:
     """Print a case's rows, times the peer's speed last, and keep them in runs/bench/<benchmark>.json for the plots.
 
     Args:

@@ -9,12 +9,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
-from hrnet.backbone import BasicBlock, Bottleneck, HRNet, Module, check_size
+from hrnet.backbone import Bottleneck, HRNet, Module, check_size
 from hrnet.streams import side_by_side
 
 
 class Convolution(nn.Module):
-    """relu(convolution(x) + addend), batch norm folded in; on CPUs in one pass over memory, by oneDNN.
+    """relu(convolution(x) + addend), batch norm folded in; on CPUs in one pass over memory, by oneDNN, which may
+    overwrite the addend with it.
 
     Args:
         conv, norm: in evaluation mode; neither is changed.
@@ -29,18 +30,18 @@ class Convolution(nn.Module):
 
     def forward(self, x: Tensor, addend: Tensor | None = None) -> Tensor:
         conv = self.conv
-        if not fusing(x):
-            y = conv(x) if addend is None else conv(x).add_(addend)
-            return y.relu_() if self.relu else y
-        place = (conv.padding, conv.stride, conv.dilation, conv.groups)
         if self.packed is None:
+            if not fusing(x):
+                y = conv(x) if addend is None else conv(x).add_(addend)
+                return y.relu_() if self.relu else y
+            place = (conv.padding, conv.stride, conv.dilation, conv.groups)
             self.packed = torch.ops.mkldnn._reorder_convolution_weight(conv.weight, *place, list(x.shape))
-        act = "relu" if self.relu else None
+            act = "relu" if self.relu else None
+            self.one: tuple[Any, ...] = (self.packed, conv.bias, *place, act or "none", [], "")
+            self.two: tuple[Any, ...] = (self.packed, conv.bias, *place, "add", 1.0, act, [], None)
         if addend is None:
-            return torch.ops.mkldnn._convolution_pointwise(x, self.packed, conv.bias, *place, act or "none", [], "")
-        return torch.ops.mkldnn._convolution_pointwise.binary(
-            x, addend, self.packed, conv.bias, *place, "add", 1.0, act, [], None
-        )
+            return torch.ops.mkldnn._convolution_pointwise.default(x, *self.one)
+        return torch.ops.mkldnn._convolution_pointwise_.binary(addend, x, *self.two)
 
 
 def fusing(x: Tensor) -> bool:
@@ -53,60 +54,76 @@ def fusing(x: Tensor) -> bool:
 
 
 class Residual(nn.Module):
-    """A `BasicBlock` or a `Bottleneck`; the last convolution adds the shortcut."""
+    """A `BasicBlock` or a `Bottleneck`; the last convolution adds the shortcut, which it overwrites."""
 
-    def __init__(self, block: BasicBlock | Bottleneck) -> None:
+    def __init__(self, block: nn.Module) -> None:
         super().__init__()
-        pairs = [(block.conv1, block.bn1), (block.conv2, block.bn2)]
+        pairs: list[Any] = [(block.conv1, block.bn1), (block.conv2, block.bn2)]
         if isinstance(block, Bottleneck):
             pairs.append((block.conv3, block.bn3))
-        shortcut = getattr(block, "downsample", None)
-        self.convs = nn.ModuleList(Convolution(conv, norm) for conv, norm in pairs)
-        self.shortcut = nn.Identity() if shortcut is None else chain(shortcut)
+        *first, self.last = (Convolution(conv, norm) for conv, norm in pairs)
+        self.first = nn.Sequential(*first)
+        self.shortcut = chain(getattr(block, "downsample", None) or nn.Identity())
 
     def forward(self, x: Tensor) -> Tensor:
-        y = x
-        for conv in self.convs[:-1]:
-            y = conv(y)
-        return self.convs[-1](y, self.shortcut(x))
+        return self.last(self.first(x), self.shortcut(x))
+
+
+class Path(nn.Module):
+    """The layers between two branches; the last convolution adds what the exchange has summed so far."""
+
+    def __init__(self, layers: nn.Module, relu: bool) -> None:
+        super().__init__()
+        *first, self.last = chain(layers).children()
+        self.first = nn.Sequential(*first)
+        self.last.relu = relu  # type: ignore[assignment]
+
+    def forward(self, x: Tensor, addend: Tensor | None = None) -> Tensor:
+        return self.last(self.first(x), addend)
 
 
 class Exchange(nn.Module):
     """A `Module` of the network: its branches, and one exchange between them."""
 
-    def __init__(self, module: Module) -> None:
+    def __init__(self, module: nn.Module) -> None:
         super().__init__()
-        self.branches = nn.ModuleList(nn.Sequential(*map(Residual, branch)) for branch in module.branches)
-        self.paths = nn.ModuleList(nn.ModuleList(map(chain, paths)) for paths in module.fuse_layers)
+        assert isinstance(module, Module)
+        branches: Any = module.branches
+        exchange: Any = module.fuse_layers
+        self.branches = nn.ModuleList(nn.Sequential(*map(Residual, branch)) for branch in branches)
+        self.paths = nn.ModuleList(
+            nn.ModuleList(
+                # The last finer one ends the exchange.
+                nn.Identity() if source == target else Path(layers, relu=source == target - 1)
+                for source, layers in enumerate(paths)
+            )
+            for target, paths in enumerate(exchange)
+        )
         self.resize, self.nearest = module.resize, module.upsample == "nearest"
-        for target, paths in enumerate(self.paths):
-            if target:
-                paths[target - 1][-1].relu = True  # it adds up the rest, and ends the exchange
 
     def forward(self, maps: list[Tensor]) -> list[Tensor]:
         maps = side_by_side([partial(branch, x) for branch, x in zip(self.branches, maps, strict=True)], maps)
         if not len(self.paths):
             return maps
-        return side_by_side([partial(self.fused, target, maps) for target in range(len(self.paths))], maps)
+        return side_by_side([partial(self.exchanged, target, maps) for target in range(len(self.paths))], maps)
 
-    def fused(self, target: int, maps: list[Tensor]) -> Tensor:
-        """What branch `target` becomes: coarser maps are raised to it step by step, summed on the way; finer ones come
-        down, the nearest of them last."""
-        paths, total = self.paths[target], maps[target]
-        coarser = None
+    def exchanged(self, target: int, maps: list[Tensor]) -> Tensor:
+        """What branch `target` becomes: coarser maps are raised to it, summed on the way; finer ones come down."""
+        paths: Any = self.paths[target]
+        total, coarser = maps[target], None
+        if target == len(maps) - 1:
+            total = total.clone()  # the others still read it
         for source in range(len(maps) - 1, target, -1):
-            x = maps[source]
-            if self.nearest:  # raising by 4 is raising by 2 twice
-                coarser = paths[source][0](x, coarser)
-                coarser = self.resize(coarser, 2, maps[source - 1].shape[-2:])
+            if self.nearest:  # to raise by 4 is to raise by 2 twice
+                x = self.resize(paths[source](maps[source], coarser), 2, maps[source - 1].shape[-2:])
+                coarser = x.contiguous(memory_format=torch.channels_last)  # where the size was odd, it is part of one
             else:
-                x = self.resize(paths[source](x), 2 ** (source - target), total.shape[-2:])
+                x = self.resize(paths[source](maps[source]), 2 ** (source - target), total.shape[-2:])
                 coarser = x if coarser is None else coarser.add_(x)
         if coarser is not None:
             total = coarser.add_(total)
         for source in range(target):
-            x = paths[source][:-1](maps[source])
-            total = paths[source][-1](x, total)
+            total = paths[source](maps[source], total)
         return total if target else total.relu_()
 
 
@@ -127,7 +144,8 @@ class Backbone(nn.Module):
         check_size(image)
         maps = [self.stem(image)]
         for transition, stage in zip(self.transitions, self.stages, strict=True):
-            maps = [layer(x) for layer, x in zip(transition, [*maps, maps[-1]], strict=True)]
+            layers: Any = transition
+            maps = [layer(x) for layer, x in zip(layers, [*maps, maps[-1]], strict=True)]
             maps = stage(maps)
         return maps[: self.outputs]
 
@@ -139,7 +157,7 @@ def chain(layers: nn.Module) -> nn.Module:
     if not at:
         return layers
     groups = [flat[a:b] for a, b in zip(at, [*at[1:], len(flat)], strict=True)]
-    return nn.Sequential(*(Convolution(g[0], g[1], isinstance(g[-1], nn.ReLU)) for g in groups))
+    return nn.Sequential(*(Convolution(g[0], g[1], isinstance(g[-1], nn.ReLU)) for g in groups))  # type: ignore[arg-type]
 
 
 def folded(network: nn.Module) -> nn.Module:
@@ -160,9 +178,9 @@ def folded(network: nn.Module) -> nn.Module:
 
 
 def fused(network: nn.Module) -> nn.Module:
-    """As `folded`; every HRNet in it is a `Backbone`."""
+    """As `folded`, and every HRNet in it is a `Backbone`."""
     if isinstance(network, HRNet):
-        return Backbone(network.eval() if False else copy.deepcopy(network).eval()).requires_grad_(False)
+        return Backbone(copy.deepcopy(network).eval()).requires_grad_(False)
     network = folded(network)
     for parent in list(network.modules()):
         for name, child in list(parent.named_children()):
@@ -174,14 +192,15 @@ def fused(network: nn.Module) -> nn.Module:
 class Fast(nn.Module):
     """Stands for a trained network, whose weights it copies: the same outputs, in fp32, without gradients.
 
-    Folding and channels-last memory change fp32 outputs by rounding alone (relative error below 1e-5,
-    tests/test_fast.py); bf16 has 8 bits.
+    In fp32 outputs change by rounding alone (relative error below 1e-5, tests/test_fast.py); bf16 has 8 bits. On a GPU
+    the whole is captured as one CUDA graph a size, its branches side by side.
 
     Args:
-        network: an `HRNet`, or any module of one image that has batch norms.
+        network: an `HRNet`, or any module of one image that has one.
         dtype: that it computes in, torch.float32 or torch.bfloat16.
-        compiled: let torch.compile merge what it can; takes a C++ compiler on CPUs, and its time for each size.
-        sizes: sizes of input, batch included, that are compiled; any further runs uncompiled.
+        compiled: by torch.compile instead, branch after branch; takes its time for each size, and on CPUs, where it is
+            no faster, a C++ compiler.
+        sizes: sizes of input, batch included, that are captured or compiled; any further runs as it is.
     """
 
     def __init__(
@@ -190,22 +209,49 @@ class Fast(nn.Module):
         super().__init__()
         fast = folded(network) if compiled else fused(network)
         self.network = fast.to(dtype=dtype, memory_format=torch.channels_last)  # type: ignore[call-overload]
-        self.dtype, self.limit = dtype, sizes if compiled else 0
-        self.seen: set[tuple[int, ...]] = set()
-        self.compiled: Any = torch.compile(self.network, dynamic=False, options={"freezing": True})
+        self.dtype, self.sizes = dtype, sizes
+        self.prepared: dict[tuple[int, ...], Any] = {}  # by size
+        self.compiled: Any = None
+        if compiled:
+            self.compiled = torch.compile(self.network, dynamic=False, options={"freezing": True})
 
-    @torch.no_grad()  # compiled code cannot be frozen in inference mode
+    @torch.no_grad()
     def forward(self, image: Tensor) -> Any:
-        x = image.to(self.dtype, memory_format=torch.channels_last)
-        shape = tuple(x.shape)
-        known = shape in self.seen or len(self.seen) < self.limit
-        with torch.autocast(x.device.type, enabled=False), torch.inference_mode(False):
-            if known:
-                self.seen.add(shape)
-                return as_float(self.compiled(x))
-            return as_float(self.network(x))
+        x = image.to(self.dtype)
+        size = tuple(x.shape)
+        # What is compiled cannot be frozen in inference mode.
+        with torch.autocast(x.device.type, enabled=False), torch.inference_mode(self.compiled is None):
+            if size not in self.prepared and len(self.prepared) < self.sizes:
+                network = self.network if self.compiled is None else self.compiled
+                self.prepared[size] = Captured(network, x) if x.is_cuda else network
+            return as_float(self.prepared.get(size, self.network)(x))
+
+
+class Captured:
+    """A network at one size of input as a CUDA graph: one launch instead of hundreds."""
+
+    def __init__(self, network: nn.Module, example: Tensor) -> None:
+        self.input = example.clone()
+        side = torch.cuda.Stream(example.device)
+        side.wait_stream(torch.cuda.current_stream(example.device))
+        with torch.cuda.stream(side):  # libraries choose their algorithms before, not while capturing
+            for _ in range(3):
+                network(self.input)
+        torch.cuda.current_stream(example.device).wait_stream(side)
+        self.graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(self.graph):
+            self.output = network(self.input)
+
+    def __call__(self, x: Tensor) -> Any:
+        self.input.copy_(x)
+        self.graph.replay()
+        return copied(self.output)  # the next replay writes to the same place
 
 
 def as_float(output: Any) -> Any:
     """A tensor, or a list of them, in fp32."""
     return [as_float(part) for part in output] if isinstance(output, list | tuple) else output.float()
+
+
+def copied(output: Any) -> Any:
+    return [copied(part) for part in output] if isinstance(output, list | tuple) else output.clone()

@@ -17,11 +17,12 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
 from datamodules.drawing import grid, write_image
 from datamodules.video import Video
-from hrnet.fast import Fast
+from hrnet.fast import Fast, folded
 
 
 class Faster(Callback):
-    """Runs the backbone as `hrnet.fast.Fast` while `validate`, `test` and `predict` run; in bf16 if the trainer does.
+    """Runs the backbone as `hrnet.fast.Fast`, and the head with batch norm folded in, while `validate`, `test` and
+    `predict` run; the backbone in bf16 if the trainer does.
 
     Args:
         compiled: see `Fast`.
@@ -29,20 +30,20 @@ class Faster(Callback):
 
     def __init__(self, compiled: bool = False) -> None:
         self.compiled = compiled
-        self.backbone: Any = None
+        self.network: Any = None
 
     def on_validation_start(self, trainer: L.Trainer, task: Any) -> None:
         if trainer.state.fn == TrainerFn.FITTING or not any(True for _ in task.backbone.parameters()):
             return  # weights that change cannot be folded; and an exported network has none
-        self.backbone = task.backbone
+        self.network = task.backbone, task.head
         dtype = torch.bfloat16 if trainer.precision == "bf16-mixed" else torch.float32
-        task.backbone = Fast(task.backbone, dtype, self.compiled)
+        task.backbone, task.head = Fast(task.backbone, dtype, self.compiled), folded(task.head)
 
     on_test_start = on_predict_start = on_validation_start  # type: ignore[assignment]
 
     def on_validation_end(self, trainer: L.Trainer, task: Any) -> None:
-        if self.backbone is not None:
-            task.backbone, self.backbone = self.backbone, None
+        if self.network is not None:
+            (task.backbone, task.head), self.network = self.network, None
 
     on_test_end = on_predict_end = on_validation_end  # type: ignore[assignment]
 

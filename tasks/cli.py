@@ -62,8 +62,8 @@ class CLI(LightningCLI):
 
     def add_arguments_to_parser(self, parser: Any) -> None:
         if self.preparing != "fit":
-            text = "run the backbone with batch norm folded in, or compiled as well (which takes time for each size)"
-            parser.add_argument("--fast", type=Literal["no", "folded", "compiled"], default="no", help=text)
+            text = "run the network with its layers merged, or by torch.compile, which takes its time for each size"
+            parser.add_argument("--fast", type=Literal["no", "merged", "compiled"], default="no", help=text)
         if self.preparing == "predict":  # pictures know nothing of keypoints: the checkpoint does
             for name in self.model_class.protocol:
                 parser.link_arguments(f"model.{name}", f"data.init_args.{name}", apply_on="instantiate")

@@ -1,10 +1,13 @@
 """The network run fast gives what it gives anyway."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import nn
 
-from hrnet import HRNet, HRNetConfig
+import hrnet.fast
+from hrnet import PRESETS, HRNet, HRNetConfig
 from hrnet.fast import Fast, folded
 from hrnet.heads import OCR, Classification, HRNetV2
 from tasks.pose import Pose
@@ -34,15 +37,39 @@ def error(a, b):
 
 
 @pytest.mark.parametrize("head", [None, HRNetV2, Classification, OCR])
-@pytest.mark.parametrize("size", [(2, 3, 64, 96), (1, 3, 75, 50)])
+@pytest.mark.parametrize("size", [(2, 3, 64, 96), (1, 3, 75, 50), (1, 3, 32, 33)])
+@pytest.mark.parametrize("upsample", ["nearest", "bilinear"])
 @torch.no_grad()
-def test_folded_is_the_same_function(head, size):
-    net, x = network(head), torch.randn(size)
+def test_fast_is_the_same_function(head, size, upsample):
+    net, x = network(head, replace(TINY, upsample=upsample)), torch.randn(size)
     before = {k: v.clone() for k, v in net.state_dict().items()}
     fast = Fast(net)
     assert error(net(x), fast(x)) < 1e-5
     assert error(net(x), Fast(net, torch.bfloat16)(x)) < 0.1
     assert all(torch.equal(v, before[k]) for k, v in net.state_dict().items())  # a copy was folded
+
+
+@pytest.mark.parametrize(
+    "config", [TINY, replace(TINY, fusion="across"), replace(TINY, fusion="final"), PRESETS["w18"]]
+)
+@pytest.mark.parametrize("outputs", [1, 2, 4])
+@torch.no_grad()
+def test_fast_for_every_way_to_exchange(config, outputs):
+    torch.manual_seed(0)
+    net, x = HRNet(config, outputs).eval(), torch.randn(2, 3, 64, 64)
+    fast = Fast(net)
+    expected = net(x)
+    assert len(fast(x)) == outputs
+    assert max(error(a, b) for a, b in zip(expected, fast(x))) < 1e-5
+    assert max(error(a, b) for a, b in zip(net(x[:1]), fast(x[:1]))) < 1e-5  # packed for another size
+
+
+@torch.no_grad()
+def test_fast_without_onednn(monkeypatch):
+    monkeypatch.setattr(hrnet.fast, "fusing", lambda x: False)
+    net, x = network(), torch.randn(1, 3, 64, 48)
+    assert error(net(x), Fast(net)(x)) < 1e-5
+    assert error(net(x), Fast(net, torch.bfloat16)(x)) < 0.1
 
 
 def test_no_batch_norm_is_left_in_the_backbone():
@@ -58,13 +85,13 @@ def test_compiled_is_the_same_function_for_so_many_sizes():
         for size in ((1, 3, 64, 64), (1, 3, 32, 64), (1, 3, 64, 64)):
             x = torch.randn(size)
             assert error(net(x), fast(x)) < 1e-5
-    assert fast.seen == {(1, 3, 64, 64)}
+    assert set(fast.prepared) == {(1, 3, 64, 64)}
 
 
 def test_evaluates_to_the_same_numbers(cli, small, tmp_path):
     backbone = "--model.backbone={width: 8, modules: [1, 1, 1], blocks: 1, stem: [1, 16]}"
     cli(tmp_path, "fit", *small, backbone, "--trainer.max_epochs=1", task=Pose)
     slow = cli(tmp_path, "validate", *small, "--ckpt_path=last", task=Pose)
-    fast = cli(tmp_path, "validate", *small, "--ckpt_path=last", "--fast=folded", task=Pose)
+    fast = cli(tmp_path, "validate", *small, "--ckpt_path=last", "--fast=merged", task=Pose)
     assert fast.numbers == pytest.approx(slow.numbers, abs=1e-4)
     assert isinstance(fast.model.backbone, HRNet)  # put back
