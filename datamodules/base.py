@@ -5,6 +5,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, TypedDict
 
+import cv2
 import lightning as L
 import numpy as np
 import torch
@@ -21,7 +22,9 @@ from datamodules.transforms import (
     invert,
     mirror,
     read_image,
+    rows_of,
     warp,
+    warp_mirrored,
 )
 
 
@@ -151,7 +154,7 @@ class KeypointDataset(Dataset):
         hidden: "supervise" learns labelled but hidden joints as the official code does, "ignore" leaves them out of the
             loss (evaluation always counts them, as COCO does).
         udp: crop by UDP's matrix.
-        read: RGB uint8 `[H, W, 3]` of an instance's path.
+        read: RGB uint8 `[H, W, 3]` of an instance's path; in training also given how many rows of it are needed.
     """
 
     def __init__(
@@ -163,19 +166,19 @@ class KeypointDataset(Dataset):
         padding: float = 1.25,
         hidden: Literal["supervise", "ignore"] = "supervise",
         udp: bool = False,
-        read: Callable[[str], Array] = read_image,
+        read: Callable[..., Array] = read_image,
     ) -> None:
         self.instances, self.facts, self.size, self.read = instances, facts, size, read
         self.augmentation, self.padding, self.hidden, self.udp = augmentation, padding, hidden, udp
         self.flip_index = np.array(facts.flip_index, dtype=np.int64)
         self.upper = np.array(facts.upper, dtype=bool)
+        self.last: tuple[str, Array] | None = None
 
     def __len__(self) -> int:
         return len(self.instances)
 
     def __getitem__(self, index: int) -> dict[str, np.ndarray | int]:
         instance = self.instances[index]
-        image = self.read(instance.path)
         keypoints, visible = instance.keypoints, instance.visible
         centre, extent = crop_of_box(instance.box, self.size, self.padding)
         rotation, flip = 0.0, False
@@ -189,22 +192,32 @@ class KeypointDataset(Dataset):
             extent = extent * augment.factor(rng)
             rotation = augment.angle(rng)
             flip = rng.random() < augment.flip
+        matrix = crop_matrix(centre, extent, self.size, rotation, self.udp)
+        image = self.whole(instance.path) if augment is None else self.read(instance.path, rows_of(matrix, self.size))
         if flip:
             # The centre is mirrored before the rotation is applied, so that both senses of rotation stay equal.
             centre = np.array([image.shape[1] - 1 - centre[0], centre[1]])
-        matrix = crop_matrix(centre, extent, self.size, rotation, self.udp)
-        if flip:
+            matrix = crop_matrix(centre, extent, self.size, rotation, self.udp)
+            crop = warp_mirrored(image, matrix, self.size)
             matrix = mirror(matrix, image.shape[1])
             keypoints, visible = keypoints[self.flip_index], visible[self.flip_index]
+        else:
+            crop = warp(image, matrix, self.size)
         learned = visible > (0 if self.hidden == "supervise" else 1)
         placed = np.where((visible > 0)[:, None], apply(matrix, keypoints), 0)
         return {
-            "image": np.ascontiguousarray(warp(image, matrix, self.size).transpose(2, 0, 1)),
+            "image": np.stack(cv2.split(crop)),
             "keypoints": placed.astype(np.float32),
             "visible": learned.astype(np.float32),
             "to_image": invert(matrix).astype(np.float32),
             "id": index,
         }
+
+    def whole(self, path: str) -> Array:
+        """A picture, kept until another is asked for: in evaluation the people of one come one after the other."""
+        if self.last is None or self.last[0] != path:
+            self.last = path, self.read(path)
+        return self.last[1]
 
 
 class KeypointData(DataModule):
@@ -269,4 +282,7 @@ class KeypointData(DataModule):
         for split in splits:
             if split not in self.datasets:
                 source = "val" if split == "predict" else split
-                self.datasets[split] = self.dataset(self.instances(source), train=split == "train")
+                instances, first = self.instances(source), dict[str, int]()
+                if split != "train":  # people of one picture together, so that it is decoded once
+                    instances = sorted(instances, key=lambda i: first.setdefault(i.path, len(first)))
+                self.datasets[split] = self.dataset(instances, train=split == "train")

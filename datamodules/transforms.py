@@ -1,5 +1,6 @@
 """Images from files, and geometry that says what it did: every crop returns the matrix it was made with."""
 
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,29 +18,34 @@ class DataError(ValueError):
     """Data that cannot be used; the message names the file, the record and the remedy."""
 
 
-def read_image(path: str | Path) -> Array:
+def read_image(path: str | Path, rows: int | None = None) -> Array:
     """RGB `[H, W, 3]` of an image file, EXIF orientation ignored (labels are made on the stored pixels).
+
+    Args:
+        rows: how many from the top are needed: there may be fewer than H then, but not fewer than these. None is all.
 
     Raises:
         DataError: naming the file if it is missing, is no image, or is cut off (OpenCV would fill in grey).
     """
     try:
-        data = Path(path).read_bytes()
+        data = np.fromfile(path, np.uint8)
     except OSError as error:
         raise DataError(f"{path}: cannot read the image ({error.strerror}); check the image folder") from None
-    if not data:
+    if not len(data):
         raise DataError(f"{path}: the image file is empty; copy it anew")
     if not _ends(data):
         _read_all(path)
-    image = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_COLOR | cv2.IMREAD_IGNORE_ORIENTATION)
+    if rows is not None:
+        data = top_of_jpeg(data, rows)
+    image = cv2.imdecode(data, cv2.IMREAD_COLOR_RGB | cv2.IMREAD_IGNORE_ORIENTATION)
     if image is None:
         raise DataError(f"{path}: not an image OpenCV can read; convert it to JPEG or PNG, or remove its record")
-    return cv2.cvtColor(image, cv2.COLOR_BGR2RGB)
+    return image
 
 
-def read_upright(path: str | Path) -> Array:
+def read_upright(path: str | Path, rows: int | None = None) -> Array:
     """RGB uint8 `[H, W, 3]` of an image file of any kind (grey, CMYK, palette, 16-bit, with alpha), turned as its EXIF
-    orientation says: for labels that do not depend on places.
+    orientation says: for labels that do not depend on places. All rows, whatever `rows` says: the file may be turned.
 
     Raises:
         DataError: naming the file if it is missing, is no image, or is cut off.
@@ -76,13 +82,46 @@ def rgb(image: Any) -> Array:
     return image
 
 
-def _ends(data: bytes) -> bool:
+def _ends(data: Array) -> bool:
     """Whether a JPEG or PNG has its end marker near its end; other formats pass."""
-    if data[:2] == b"\xff\xd8":
-        return b"\xff\xd9" in data[-64:]
-    if data[:4] == b"\x89PNG":
-        return b"IEND" in data[-64:]
+    start, end = data[:4].tobytes(), data[-64:].tobytes()
+    if start[:2] == b"\xff\xd8":
+        return b"\xff\xd9" in end
+    if start == b"\x89PNG":
+        return b"IEND" in end
     return True
+
+
+def top_of_jpeg(data: Array, rows: int) -> Array:
+    """A JPEG that decodes to the first `rows` rows of `data` and a few more, bit for bit; written over `data`.
+
+    Rows come in order in a file of one sequential scan, so that a smaller height in its header is all there is to do,
+    and the decoder stops there. Any other file is returned as it is.
+
+    Args:
+        data: uint8 `[N]` of a file that ends as it should.
+    """
+    view, at, frame = memoryview(data), 2, 0
+    if bytes(view[:2]) != b"\xff\xd8":
+        return data
+    while at + 10 < len(view) and view[at] == 0xFF:
+        marker, length = view[at + 1], int.from_bytes(view[at + 2 : at + 4], "big")
+        if marker in (0xC0, 0xC1):  # a sequential frame, entropy coded by Huffman
+            frame = at
+        elif marker == 0xDA:  # the first scan: the only one, if it has all components of the frame
+            end = len(view) - 64 + bytes(view[-64:]).rfind(b"\xff\xd9") if len(view) > 64 else 0
+            height, width = (int.from_bytes(view[frame + i : frame + i + 2], "big") for i in (5, 7))
+            rows = max(rows, 0) + 8  # chroma is interpolated between rows
+            # Some of the data has to be left over, a row of blocks at least: the decoder looks a few bytes ahead.
+            spare = width >= 128 and rows + 32 < height
+            if frame and view[at + 4] == view[frame + 9] and at < end and spare:
+                view[frame + 5 : frame + 7] = rows.to_bytes(2, "big")
+                return data[:end]  # without an end marker, which libjpeg would come to earlier than it expects
+            return data
+        elif marker in (0xC2, 0xC3, *range(0xC5, 0xC8), *range(0xC9, 0xCC), *range(0xCD, 0xDA), 0xFF):
+            return data  # progressive, lossless, arithmetic; or nothing that has a length
+        at += 2 + length
+    return data
 
 
 def _read_all(path: str | Path) -> None:
@@ -124,16 +163,20 @@ def crop_matrix(centre: Array, extent: Array, size: tuple[int, int], rotation: f
             width alone and whose centre is W / 2, half a pixel off the middle (official transforms.py
             get_affine_transform).
     """
-    target = np.array([size[1], size[0]], dtype=np.float64)
+    radians = math.pi * rotation / 180
+    sin, cos = math.sin(radians), math.cos(radians)
     if udp:
-        target -= 1
-        scale = target / extent
-    else:
-        scale = np.full(2, target[0] / extent[0])
-    angle = np.deg2rad(rotation)
-    turn = np.array([[np.cos(angle), np.sin(angle)], [-np.sin(angle), np.cos(angle)]])
-    linear = scale[:, None] * turn
-    return np.concatenate([linear, (target / 2 - linear @ centre)[:, None]], axis=1)
+        target = np.array([size[1] - 1, size[0] - 1])
+        linear = (target / extent)[:, None] * np.array([[cos, sin], [-sin, cos]])
+        return np.concatenate([linear, (target / 2 - linear @ centre)[:, None]], axis=1)
+    # By three points in float32, as there: rounded otherwise, one pixel in a thousand differs by one level.
+    half, up = extent[0] * 0.5, np.float32(size[1] * 0.5)
+    source = np.array([centre, (centre[0] + half * sin, centre[1] - half * cos), (0, 0)], np.float32)
+    x, y = source[0] - source[1]
+    source[2] = source[1] + np.array([-y, x])
+    middle = size[1] * 0.5, size[0] * 0.5
+    target_points = np.float32([middle, (middle[0], middle[1] - up), (middle[0] - up, middle[1] - up)])
+    return cv2.getAffineTransform(source, target_points)
 
 
 def mirror(matrix: Array, width: int) -> Array:
@@ -154,9 +197,34 @@ def invert(matrix: Array) -> Array:
     return cv2.invertAffineTransform(np.asarray(matrix, dtype=np.float64))
 
 
+def rows_of(matrix: Array, size: tuple[int, int]) -> int:
+    """How many rows of an image, from the top, the crop of `size` (H, W) by `matrix` is made of; may exceed it."""
+    _, (a, b, y) = invert(matrix)
+    return int(y + max(0, a * (size[1] - 1)) + max(0, b * (size[0] - 1))) + 3
+
+
 def warp(image: Array, matrix: Array, size: tuple[int, int]) -> Array:
     """The crop of `size` (H, W): bilinear, black outside the image."""
     return cv2.warpAffine(image, matrix, (size[1], size[0]), flags=cv2.INTER_LINEAR)
+
+
+def warp_mirrored(image: Array, matrix: Array, size: tuple[int, int]) -> Array:
+    """`warp` of the mirror image of `image`, of which no more is made than the crop needs.
+
+    By `mirror(matrix, W)` the same picture comes out but for rounding: one pixel in a thousand differs by one level.
+    """
+    (a, b, x), (c, d, y) = invert(matrix)
+    width, height = size[1] - 1, size[0] - 1
+    left, top = x + min(0, a * width) + min(0, b * height), y + min(0, c * width) + min(0, d * height)
+    right, bottom = x + max(0, a * width) + max(0, b * height), y + max(0, c * width) + max(0, d * height)
+    h, w = image.shape[:2]
+    x0, x1, y0, y1 = (
+        int(min(max(v, 0), most)) for v, most in ((left - 2, w), (right + 3, w), (top - 2, h), (bottom + 3, h))
+    )
+    mirrored = np.empty_like(image)
+    if x0 < x1 and y0 < y1:
+        mirrored[y0:y1, x0:x1] = cv2.flip(image[y0:y1, w - x1 : w - x0], 1)
+    return warp(mirrored, matrix, size)
 
 
 @dataclass(frozen=True)
