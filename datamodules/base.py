@@ -3,6 +3,7 @@
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, Literal, TypedDict
 
 import cv2
@@ -13,6 +14,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from torchmetrics import Metric, MetricCollection
 
+from datamodules.decoded import Decoded
 from datamodules.transforms import (
     Array,
     PoseAugmentation,
@@ -74,16 +76,28 @@ class DataModule(L.LightningDataModule):
         batch_size: samples a batch and process.
         workers: loader processes; None takes one a core, 8 at most.
         eval_batch_size: for validation, test and prediction; None is batch_size.
+        decoded: where pictures are kept decoded; None decodes them each time.
     """
 
-    def __init__(self, batch_size: int = 32, workers: int | None = None, eval_batch_size: int | None = None) -> None:
+    def __init__(
+        self,
+        batch_size: int = 32,
+        workers: int | None = None,
+        eval_batch_size: int | None = None,
+        decoded: Decoded | None = None,
+    ) -> None:
         super().__init__()
         if batch_size < 1 or (eval_batch_size is not None and eval_batch_size < 1):
             raise ValueError(f"batch_size must be at least 1, got {batch_size} and {eval_batch_size}")
         self.batch_size = batch_size
         self.eval_batch_size = eval_batch_size or batch_size
         self.workers = min(os.cpu_count() or 1, 8) if workers is None else workers
+        self.decoded = decoded
         self.datasets: dict[str, Dataset] = {}
+
+    def reader(self, read: Callable[..., Array] = read_image) -> Callable[..., Array]:
+        """What reads pictures: `read`, or what it has read before."""
+        return read if self.decoded is None else partial(self.decoded.read, read)
 
     def loader(self, split: str, **options: Any) -> DataLoader:
         """Of a split. options: of `DataLoader`, beyond those below; a `batch_sampler` stands for its first three."""
@@ -230,7 +244,7 @@ class KeypointData(DataModule):
         augmentation: of training crops.
         hidden: whether joints that are labelled but hidden are learned ("supervise", official) or left out ("ignore").
         udp: crop by UDP's matrix; goes with the codec's `encoding: udp`.
-        batch_size, workers, eval_batch_size: see `DataModule`.
+        batch_size, workers, eval_batch_size, decoded: see `DataModule`.
 
     Attributes:
         num_keypoints, keypoint_names, skeleton, flip_pairs, sigmas: facts, there as soon as the module is constructed.
@@ -247,8 +261,9 @@ class KeypointData(DataModule):
         batch_size: int = 32,
         workers: int | None = None,
         eval_batch_size: int | None = None,
+        decoded: Decoded | None = None,
     ) -> None:
-        super().__init__(batch_size, workers, eval_batch_size)
+        super().__init__(batch_size, workers, eval_batch_size, decoded)
         self.facts = facts
         self.num_keypoints = len(facts.names)
         self.keypoint_names = facts.names
@@ -275,6 +290,7 @@ class KeypointData(DataModule):
             self.padding,
             self.hidden if train else "supervise",
             self.udp,
+            self.reader(),
         )
 
     def setup(self, stage: str) -> None:

@@ -127,7 +127,8 @@ class BoxData(DataModule):
             if not instances:
                 raise DataError(f"the {split} split has no image" + (" with an object" if split == "train" else ""))
             augmentation = self.augmentation if split == "train" else None
-            self.datasets[split] = BoxDataset(instances, self.shorter, self.longer, augmentation, self.masks, self.read)
+            read = self.reader(self.read)
+            self.datasets[split] = BoxDataset(instances, self.shorter, self.longer, augmentation, self.masks, read)
 
     def loader(self, split: str, **options: Any) -> DataLoader:
         if split == "train":

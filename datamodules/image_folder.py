@@ -6,7 +6,7 @@
 import argparse
 import csv
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypedDict
@@ -21,7 +21,7 @@ from torchvision.transforms import InterpolationMode, v2
 from datamodules.accuracy import Accuracy
 from datamodules.base import DataModule
 from datamodules.images import IMAGES, files_of
-from datamodules.transforms import DataError, read_upright
+from datamodules.transforms import Array, DataError, read_upright
 
 
 class LabelBatch(TypedDict):
@@ -80,10 +80,13 @@ class LabelDataset(Dataset):
     Args:
         instances: what to read.
         transform: of uint8 `[3, H, W]` to uint8 `[3, S, S]`.
+        read: RGB uint8 `[H, W, 3]` of an instance's path.
     """
 
-    def __init__(self, instances: Sequence[Labelled], transform: v2.Transform) -> None:
-        self.instances, self.transform, self.read = instances, transform, read_upright
+    def __init__(
+        self, instances: Sequence[Labelled], transform: v2.Transform, read: Callable[..., Array] = read_upright
+    ) -> None:
+        self.instances, self.transform, self.read = instances, transform, read
 
     def __len__(self) -> int:
         return len(self.instances)
@@ -167,7 +170,7 @@ class ImageFolder(DataModule):
             if split not in self.datasets:
                 train = split == "train"
                 transform = self.augmentation.transform(self.size) if train else centre(self.size, self.resize)
-                self.datasets[split] = LabelDataset(self.instances(split), transform)
+                self.datasets[split] = LabelDataset(self.instances(split), transform, self.reader(read_upright))
 
     def metric(self, split: str = "val") -> Metric:
         """Top-1 and top-5 accuracy."""

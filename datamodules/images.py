@@ -90,7 +90,7 @@ class Images(KeypointData):
 
     def dataset(self, instances: Sequence[Instance], train: bool = False) -> KeypointDataset:
         # A copy reads for itself: with one capture, `image` would throw the loader back to the first frame.
-        read = read_upright if self.video is None else copy(self.video).read
+        read = self.reader(read_upright) if self.video is None else copy(self.video).read
         return KeypointDataset(instances, self.facts, self.size, padding=self.padding, udp=self.udp, read=read)
 
     def instances(self, split: str) -> list[Instance]:

@@ -292,6 +292,7 @@ class MaskData(DataModule):
                     self.augmentation if train else None,
                     self.eval_size,
                     self.flip_pairs,
+                    self.reader(),
                 )
 
     def loader(self, split: str, **options: Any) -> DataLoader:
