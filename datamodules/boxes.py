@@ -152,8 +152,9 @@ class BoxDataset(Dataset):
         masks = None
         if self.masks:
             given = [s for s, k in zip(instance.segmentations, kept, strict=True) if k]
-            drawn = [draw(s, (height, width), size)[window[0] : window[2], window[1] : window[3]] for s in given]
-            masks = np.array(drawn, np.uint8).reshape(-1, *image.shape[:2])
+            masks = np.empty((len(given), *image.shape[:2]), np.uint8)
+            for mask, outline in zip(masks, given, strict=True):
+                mask[:] = draw(outline, (height, width), size)[window[0] : window[2], window[1] : window[3]]
             if augment.crop is not None:  # what is left of an object may not fill what is left of its box
                 for i in np.flatnonzero(cut):
                     boxes[i] = bounds(masks[i])
@@ -161,21 +162,22 @@ class BoxDataset(Dataset):
                 kept[np.flatnonzero(kept)] = shown
                 boxes, masks = boxes[shown], masks[shown]
         if rng.random() < augment.flip:
-            image = image[:, ::-1]
+            image = cv2.flip(image, 1)
             boxes[:, [0, 2]] = image.shape[1] - boxes[:, [2, 0]]
-            masks = None if masks is None else masks[:, :, ::-1]
+            for mask in () if masks is None else masks:
+                mask[:] = cv2.flip(mask, 1)
         if self.look is not None:
             self.look.set_random_seed(int(rng.integers(2**31)))
             image = self.look(image=np.ascontiguousarray(image))["image"]
         sample = {
-            "image": torch.from_numpy(np.ascontiguousarray(image)).permute(2, 0, 1),
+            "image": torch.from_numpy(np.stack(cv2.split(image))),
             "original": torch.tensor([height, width]),
             "boxes": torch.from_numpy(boxes.astype(np.float32)),
             "labels": torch.from_numpy(instance.labels[kept].astype(np.int64)),
             "to_image": torch.tensor([[1 / scale[0], 0, 0], [0, 1 / scale[1], 0]], dtype=torch.float32),
             "id": index,
         }
-        return sample if masks is None else sample | {"masks": torch.from_numpy(masks.copy())}
+        return sample if masks is None else sample | {"masks": torch.from_numpy(masks)}
 
 
 def bounds(mask: Array) -> Array:
@@ -193,7 +195,8 @@ def draw(segmentation: Any, original: tuple[int, int], size: tuple[int, int]) ->
         return cv2.resize(rle.decode(code), size[::-1], interpolation=cv2.INTER_NEAREST)
     factor = np.array([size[1] / original[1], size[0] / original[0]])  # polygons are scaled before they are drawn
     scaled = [(np.reshape(polygon, (-1, 2)) * factor).ravel().tolist() for polygon in segmentation]
-    return rle.decode(rle.merge(rle.frPyObjects(scaled, *size)))
+    columns = rle.decode(rle.merge(rle.frPyObjects(scaled, *size))).T  # which lie one after the other in memory
+    return cv2.transpose(columns)
 
 
 def collate(samples: list[dict[str, Any]]) -> dict[str, Any]:

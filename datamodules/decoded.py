@@ -66,7 +66,7 @@ class Decoded:
             handle, part = tempfile.mkstemp(dir=place.parent, suffix=".part")
             try:
                 with open(handle, "wb") as file:
-                    file.write(HEADER.pack(*stamp, *image.shape, *(1,) * (3 - image.ndim)))
+                    file.write(HEADER.pack(*stamp, *image.shape, *(0,) * (3 - image.ndim)))  # 0: no channels
                     file.write(np.ascontiguousarray(image).data)
                 os.replace(part, place)
             except BaseException:
@@ -88,10 +88,10 @@ def load(place: str, stamp: tuple[int, int], rows: int | None = None) -> Array |
             if len(head) < HEADER.size or HEADER.unpack(head)[:2] != stamp:
                 return None
             height, width, channels = HEADER.unpack(head)[2:]
-            if os.fstat(file.fileno()).st_size != HEADER.size + height * width * channels:
+            if os.fstat(file.fileno()).st_size != HEADER.size + height * width * (channels or 1):
                 return None  # a crash of the machine
             rows = height if rows is None else min(max(rows, 1), height)
-            image = np.empty((rows, width, channels), np.uint8)
+            image = np.empty((rows, width, channels) if channels else (rows, width), np.uint8)
             return image if file.readinto(image.data) == image.nbytes else None
     except OSError:  # if it is there but cannot be read, writing will say why
         return None

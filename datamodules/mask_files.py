@@ -1,6 +1,7 @@
 """Mask files: reading them, what their values mean, and their colours."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 import cv2
@@ -46,46 +47,81 @@ def dims(path: Path) -> tuple[int, int]:
         raise DataError(f"{path}: broken or no image ({error}); copy it anew, or remove it") from None
 
 
-def read_mask(path: str, values: Array | dict[tuple[int, int, int], int], size: tuple[int, ...] | None = None) -> Array:
+def read_mask(
+    path: str,
+    values: Array | dict[tuple[int, int, int], int],
+    size: tuple[int, ...] | None = None,
+    read: Callable[[str], Array] | None = None,
+) -> Array:
     """Class numbers uint8 `[H, W]` of a mask file, 255 = ignore.
 
     Args:
-        values: see `MaskDataset`. size: (H, W) that it has to have.
+        values: see `MaskDataset`. size: (H, W) that it has to have. read: what `stored_by(values)` reads, by another
+            reader.
 
     Raises:
         DataError: naming the file and the value that is of no class.
     """
-    try:
-        with Image.open(path) as file:
-            colours = isinstance(values, dict)
-            stored = np.asarray(file.convert("RGB") if colours else file)
-            mode = file.mode
-    except FileNotFoundError:
-        raise DataError(f"{path}: no such mask; every image needs one") from None
-    except (OSError, SyntaxError, ValueError) as error:
-        raise DataError(f"{path}: broken or no image ({error}); copy it anew, or remove it") from None
+    stored = (read or stored_by(values))(path)
     if size is not None and stored.shape[:2] != tuple(size[:2]):
         raise DataError(f"{path}: the mask is {stored.shape[1::-1]} and its image {size[1::-1]} (W, H) pixels large")
     if isinstance(values, dict):
         return of_colours(stored, values, path)
+    unknown = values < 0
+    if unknown.any() and (alien := np.flatnonzero(histogram(stored).astype(bool) & unknown)).size:
+        known = sum(int((values == c).any()) for c in range(256) if c != IGNORE)
+        raise DataError(
+            f"{path}: holds {alien[:8].tolist()}, which no class has ({known} classes); name what it is in the class "
+            f"list, or leave it out by `ignore: {alien[:8].tolist()}`"
+        )
+    return cv2.LUT(stored, values.astype(np.uint8))
+
+
+def histogram(values: Array) -> Array:
+    """How often each of 0 to 255 occurs in uint8 `[H, W]`."""
+    return cv2.calcHist([values], [0], None, [256], [0, 256]).ravel()
+
+
+def stored_by(values: Array | dict[tuple[int, int, int], int]) -> Callable[[str], Array]:
+    """What reads masks of such values: `read_numbers` or `read_colours`."""
+    return read_colours if isinstance(values, dict) else read_numbers
+
+
+def read_numbers(path: str) -> Array:
+    """The numbers in a mask file, uint8 `[H, W]`.
+
+    Raises:
+        DataError: if it is missing, broken, a picture, or of other numbers.
+    """
+    with opened(path) as file:
+        stored, mode = np.asarray(file), file.mode
     if stored.ndim != 2:
         raise DataError(
             f"{path}: a picture of mode {mode} where one number a pixel was expected; for masks that give classes by "
             f"colour say so, `classes: {{road: '#804080', ...}}` (datamodules.mask_folder)"
         )
-    if stored.dtype == bool:
-        stored = stored.astype(np.uint8)
-    if stored.max(initial=0) > 255 or stored.min(initial=0) < 0:
+    if stored.dtype not in (bool, np.uint8) and (stored.max(initial=0) > 255 or stored.min(initial=0) < 0):
         raise DataError(f"{path}: holds the value {int(stored.max())}; masks hold 0 to 255")
-    found = values[stored.astype(np.uint8)]
-    if (found < 0).any():
-        alien = sorted(int(v) for v in np.unique(stored[found < 0]))
-        known = sum(int((values == c).any()) for c in range(256) if c != IGNORE)
-        raise DataError(
-            f"{path}: holds {alien[:8]}, which no class has ({known} classes); name what it is in the class list, or "
-            f"leave it out by `ignore: {alien[:8]}`"
-        )
-    return found.astype(np.uint8)
+    return stored.astype(np.uint8, copy=False)
+
+
+def read_colours(path: str) -> Array:
+    """The colours in a mask file, RGB uint8 `[H, W, 3]`. Raises DataError if it is missing or broken."""
+    with opened(path) as file:
+        return np.asarray(file.convert("RGB"))
+
+
+@contextmanager
+def opened(path: str) -> Iterator[Image.Image]:
+    try:
+        with Image.open(path) as file:
+            yield file
+    except FileNotFoundError:
+        raise DataError(f"{path}: no such mask; every image needs one") from None
+    except DataError:
+        raise
+    except (OSError, SyntaxError, ValueError) as error:
+        raise DataError(f"{path}: broken or no image ({error}); copy it anew, or remove it") from None
 
 
 def of_colours(stored: Array, values: dict[tuple[int, int, int], int], path: str) -> Array:

@@ -16,7 +16,7 @@ from torchmetrics import Metric
 
 from datamodules.base import DataModule
 from datamodules.iou import MeanIoU
-from datamodules.mask_files import IGNORE, dims, distinct, read_mask, resized
+from datamodules.mask_files import IGNORE, dims, distinct, histogram, read_mask, resized, stored_by
 from datamodules.transforms import Array, DataError, read_image
 
 
@@ -99,6 +99,7 @@ class MaskDataset(Dataset):
         eval_size: what evaluation resizes images (not masks) to: (H, W), or the longer side; None leaves them.
         swaps: pairs of classes that a mirror exchanges.
         read: RGB uint8 `[H, W, 3]` of an instance's path.
+        stored: what a mask file holds, as `stored_by(values)` reads it; None is that.
     """
 
     def __init__(
@@ -111,7 +112,9 @@ class MaskDataset(Dataset):
         eval_size: int | tuple[int, int] | None = None,
         swaps: Sequence[Sequence[int]] = (),
         read: Callable[[str], Array] = read_image,
+        stored: Callable[[str], Array] | None = None,
     ) -> None:
+        self.stored = stored
         self.instances, self.values, self.size, self.base, self.read = instances, values, size, base, read
         self.augmentation, self.eval_size = augmentation, eval_size
         self.look = augmentation.look() if augmentation else None
@@ -125,7 +128,7 @@ class MaskDataset(Dataset):
     def __getitem__(self, index: int) -> dict[str, Any]:
         instance = self.instances[index]
         image = self.read(instance.path)
-        mask = read_mask(instance.mask, self.values, image.shape[:2]) if instance.mask else None
+        mask = read_mask(instance.mask, self.values, image.shape[:2], self.stored) if instance.mask else None
         size = image.shape[:2]
         if self.augmentation is not None:
             assert mask is not None
@@ -174,7 +177,7 @@ class MaskDataset(Dataset):
 
 def pixel_of_any_class(mask: Array, rng: np.random.Generator) -> Array | None:
     """(x, y) of a random pixel of a random class of `mask`; None if all is ignored."""
-    present = np.flatnonzero(cv2.calcHist([mask], [0], None, [256], [0, 256]).ravel()[:IGNORE])
+    present = np.flatnonzero(histogram(mask)[:IGNORE])
     if not len(present):
         return None
     pixels = np.flatnonzero(mask == rng.choice(present))
@@ -293,6 +296,7 @@ class MaskData(DataModule):
                     self.eval_size,
                     self.flip_pairs,
                     self.reader(),
+                    self.reader(stored_by(self.values)),
                 )
 
     def loader(self, split: str, **options: Any) -> DataLoader:
