@@ -9,6 +9,8 @@ import cv2
 import numpy as np
 from numpy.typing import NDArray
 
+from datamodules.jpeg import frame_of_jpeg, size_in, top_of_jpeg
+
 Array = NDArray[Any]
 
 cv2.setNumThreads(0)  # loader workers are the parallelism; OpenCV's own threads only fight them
@@ -27,6 +29,12 @@ def read_image(path: str | Path, rows: int | None = None) -> Array:
     Raises:
         DataError: naming the file if it is missing, is no image, or is cut off (OpenCV would fill in grey).
     """
+    data = _bytes_of(path)
+    return _decoded(path, data if rows is None else top_of_jpeg(data, rows))
+
+
+def _bytes_of(path: str | Path) -> Array:
+    """uint8 `[N]` of a file that is a whole image, as far as one sees without decoding it with OpenCV."""
     try:
         data = np.fromfile(path, np.uint8)
     except OSError as error:
@@ -35,12 +43,31 @@ def read_image(path: str | Path, rows: int | None = None) -> Array:
         raise DataError(f"{path}: the image file is empty; copy it anew")
     if not _ends(data):
         _read_all(path)
-    if rows is not None:
-        data = top_of_jpeg(data, rows)
-    image = cv2.imdecode(data, cv2.IMREAD_COLOR_RGB | cv2.IMREAD_IGNORE_ORIENTATION)
+    return data
+
+
+def _decoded(path: str | Path, data: Array, flags: int = cv2.IMREAD_COLOR_RGB) -> Array:
+    image = cv2.imdecode(data, flags | cv2.IMREAD_IGNORE_ORIENTATION)
     if image is None:
         raise DataError(f"{path}: not an image OpenCV can read; convert it to JPEG or PNG, or remove its record")
     return image
+
+
+def read_reduced(path: str | Path, factor: int) -> tuple[Array, int, int]:
+    """RGB of a JPEG at 1 / 2, 1 / 4 or 1 / 8 of its size, as `read_image`; the factor; and the width in the file.
+
+    Every pixel is the mean, more or less, of factor x factor. Other formats come whole, with a factor of 1.
+
+    Raises:
+        DataError: as `read_image`.
+    """
+    data = _bytes_of(path)
+    frame, _ = frame_of_jpeg(data)
+    flag = {2: cv2.IMREAD_REDUCED_COLOR_2, 4: cv2.IMREAD_REDUCED_COLOR_4, 8: cv2.IMREAD_REDUCED_COLOR_8}.get(factor)
+    if flag is None or not frame:
+        image = _decoded(path, data)
+        return image, 1, image.shape[1]
+    return _decoded(path, data, flag | cv2.IMREAD_COLOR_RGB), factor, size_in(data, frame)[1]
 
 
 def read_upright(path: str | Path, rows: int | None = None) -> Array:
@@ -92,38 +119,6 @@ def _ends(data: Array) -> bool:
     return True
 
 
-def top_of_jpeg(data: Array, rows: int) -> Array:
-    """A JPEG that decodes to the first `rows` rows of `data` and a few more, bit for bit; written over `data`.
-
-    Rows come in order in a file of one sequential scan, so that a smaller height in its header is all there is to do,
-    and the decoder stops there. Any other file is returned as it is.
-
-    Args:
-        data: uint8 `[N]` of a file that ends as it should.
-    """
-    view, at, frame = memoryview(data), 2, 0
-    if bytes(view[:2]) != b"\xff\xd8":
-        return data
-    while at + 10 < len(view) and view[at] == 0xFF:
-        marker, length = view[at + 1], int.from_bytes(view[at + 2 : at + 4], "big")
-        if marker in (0xC0, 0xC1):  # a sequential frame, entropy coded by Huffman
-            frame = at
-        elif marker == 0xDA:  # the first scan: the only one, if it has all components of the frame
-            end = len(view) - 64 + bytes(view[-64:]).rfind(b"\xff\xd9") if len(view) > 64 else 0
-            height, width = (int.from_bytes(view[frame + i : frame + i + 2], "big") for i in (5, 7))
-            rows = max(rows, 0) + 8  # chroma is interpolated between rows
-            # Some of the data has to be left over, a row of blocks at least: the decoder looks a few bytes ahead.
-            spare = width >= 128 and rows + 32 < height
-            if frame and view[at + 4] == view[frame + 9] and at < end and spare:
-                view[frame + 5 : frame + 7] = rows.to_bytes(2, "big")
-                return data[:end]  # without an end marker, which libjpeg would come to earlier than it expects
-            return data
-        elif marker in (0xC2, 0xC3, *range(0xC5, 0xC8), *range(0xC9, 0xCC), *range(0xCD, 0xDA), 0xFF):
-            return data  # progressive, lossless, arithmetic; or nothing that has a length
-        at += 2 + length
-    return data
-
-
 def _read_all(path: str | Path) -> None:
     """Decode with Pillow, which refuses files that OpenCV would silently complete."""
     from PIL import Image
@@ -169,14 +164,13 @@ def crop_matrix(centre: Array, extent: Array, size: tuple[int, int], rotation: f
         target = np.array([size[1] - 1, size[0] - 1])
         linear = (target / extent)[:, None] * np.array([[cos, sin], [-sin, cos]])
         return np.concatenate([linear, (target / 2 - linear @ centre)[:, None]], axis=1)
-    # By three points in float32, as there: rounded otherwise, one pixel in a thousand differs by one level.
-    half, up = extent[0] * 0.5, np.float32(size[1] * 0.5)
+    # By three points in float32, as officially: rounded otherwise, one pixel in a thousand differs by one level.
+    half, (x, y) = extent[0] * 0.5, (size[1] * 0.5, size[0] * 0.5)
+    target = np.array([(x, y), (x, y - x), (0, y - x)], np.float32)
     source = np.array([centre, (centre[0] + half * sin, centre[1] - half * cos), (0, 0)], np.float32)
-    x, y = source[0] - source[1]
-    source[2] = source[1] + np.array([-y, x])
-    middle = size[1] * 0.5, size[0] * 0.5
-    target_points = np.float32([middle, (middle[0], middle[1] - up), (middle[0] - up, middle[1] - up)])
-    return cv2.getAffineTransform(source, target_points)
+    down = source[0] - source[1]
+    source[2] = source[1] + [-down[1], down[0]]
+    return np.asarray(cv2.getAffineTransform(source, target))
 
 
 def mirror(matrix: Array, width: int) -> Array:
@@ -195,6 +189,11 @@ def apply(matrix: Array, points: Array) -> Array:
 def invert(matrix: Array) -> Array:
     """The affine `[2, 3]` that undoes `matrix`."""
     return cv2.invertAffineTransform(np.asarray(matrix, dtype=np.float64))
+
+
+def reduced(matrix: Array, factor: int) -> Array:
+    """`matrix` for an image of which a pixel stands for factor x factor pixels: x is the middle of factor x and on."""
+    return matrix @ np.array([[factor, 0, (factor - 1) / 2], [0, factor, (factor - 1) / 2], [0, 0, 1]])
 
 
 def rows_of(matrix: Array, size: tuple[int, int]) -> int:
