@@ -19,12 +19,19 @@ import cv2
 import numpy as np
 import torch
 from timing import medians, report
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, Subset
 from torchvision import transforms
 
-from datamodules.base import KeypointDataset
+import datamodules.decoded
+from datamodules import boxes
+from datamodules import masks as masks_
+from datamodules.base import DataModule, KeypointDataset
+from datamodules.cityscapes import Cityscapes
+from datamodules.coco_instances import CocoInstances
 from datamodules.coco_keypoints import CocoKeypoints
-from datamodules.transforms import PoseAugmentation, crop_of_box
+from datamodules.decoded import Decoded
+from datamodules.image_folder import LabelAugmentation, LabelDataset, Labelled, centre
+from datamodules.transforms import PoseAugmentation, crop_of_box, read_upright
 
 SIZE, MAPS, SIGMA = (192, 256), (48, 64), 2
 """(W, H) of crops and of heatmaps, as the official settings have them."""
@@ -159,7 +166,7 @@ def shares(call: Callable[[], Any]) -> str:
     """Where the time of a call goes."""
     spent: dict[str, float] = {}
     start = time.perf_counter()
-    decode = [(cv2, "imread"), (cv2, "imdecode"), (np, "fromfile")]
+    decode = [(cv2, "imread"), (cv2, "imdecode"), (np, "fromfile"), (datamodules.decoded, "load")]
     with timed(spent, decode=decode, warp=[(cv2, "warpAffine")]):
         call()
     whole = time.perf_counter() - start
@@ -202,8 +209,8 @@ def differing(data: KeypointDataset, peer: Official, rounds: int = 4) -> tuple[i
     return wrong, count
 
 
-def through(data: Dataset, batch: int, workers: int) -> Callable[[], None]:
-    loader = DataLoader(data, batch, num_workers=workers, persistent_workers=workers > 0)
+def through(data: Dataset, batch: int, workers: int, collate: Any = None) -> Callable[[], None]:
+    loader = DataLoader(data, batch, num_workers=workers, persistent_workers=workers > 0, collate_fn=collate)
 
     def call() -> None:
         for _ in loader:
@@ -212,28 +219,92 @@ def through(data: Dataset, batch: int, workers: int) -> Callable[[], None]:
     return call
 
 
+def people(root: str, folder: str) -> Iterator[tuple[str, str, dict[str, Dataset], Official]]:
+    """Case, peer, candidates of the pose loader."""
+    data = CocoKeypoints(root, workers=0)
+    data.setup("fit")
+    for split in ("train", "val"):
+        ours: Any = data.datasets[split]
+        peer, train = Official(ours), split == "train"
+        candidates: dict[str, Dataset] = {"official style": peer, "exact": ours}
+        if train:
+            data.reduced = True
+            candidates["reduced"] = data.dataset(ours.instances, train)
+            data.reduced = False
+        data.decoded = Decoded(folder, free=1)
+        candidates["decoded"] = data.dataset(ours.instances, train)
+        data.decoded = None
+        case = f"{len(ours)} people in {len({i.path for i in ours.instances})} pictures"
+        yield f"pose {split}, {case}", "official style", candidates, peer
+
+
+def others(root: str, folder: str) -> Iterator[tuple[str, dict[str, Dataset], Any, int]]:
+    """Case, candidates, collate function and batch size of the other loaders."""
+    kept = Decoded(folder, free=1)
+    for masks in (False, True):
+        both: dict[str, Dataset] = {}
+        for name, decoded in (("exact", None), ("decoded", kept)):
+            data: DataModule = CocoInstances(root, workers=0, masks=masks, decoded=decoded)
+            data.setup("fit")
+            both[name] = Subset(data.datasets["train"], range(32))
+        yield "boxes and masks train, 800 x 1333" if masks else "boxes train, 800 x 1333", both, boxes.collate, 2
+    pictures = [Labelled(str(p), i, 0) for i, p in enumerate(sorted((Path(root) / "train2017").glob("*.jpg")))]
+    read = functools.partial(kept.read, read_upright)
+    for name, transform in (("train", LabelAugmentation().transform(224)), ("val", centre(224, 256))):
+        plain, fast = LabelDataset(pictures, transform), LabelDataset(pictures, transform, read)
+        yield f"labels {name}, 224 x 224", {"exact": plain, "decoded": fast}, None, 32
+    street = Path(folder) / "cityscapes"
+    street_scenes(street, pictures)
+    for split in ("train", "val"):
+        both = {}
+        for name, decoded in (("exact", None), ("decoded", kept)):
+            data = Cityscapes(str(street), workers=0, decoded=decoded)
+            data.setup("fit")
+            both[name] = data.datasets[split]
+        yield f"Cityscapes' layout {split}, PNGs of 1024 x 2048 (enlarged photographs)", both, masks_.collate, 1
+
+
+def street_scenes(root: Path, pictures: list[Labelled], count: int = 4) -> None:
+    """As large as Cityscapes' and laid out as they are: enlarged photographs, and blocks of all its numbers."""
+    rng = np.random.default_rng(0)
+    for split in ("train", "val"):
+        for i, picture in enumerate(pictures[:count]):
+            image = cv2.resize(cv2.imread(picture.path), (2048, 1024), interpolation=cv2.INTER_CUBIC)
+            mask = cv2.resize(rng.integers(0, 34, (16, 32), np.uint8), (2048, 1024), interpolation=cv2.INTER_NEAREST)
+            for kind, ending, content in (
+                ("leftImg8bit", "leftImg8bit", image),
+                ("gtFine", "gtFine_labelIds", mask),
+            ):
+                place = root / kind / split / "town" / f"town_{i}_{ending}.png"
+                place.parent.mkdir(parents=True, exist_ok=True)
+                cv2.imwrite(str(place), content)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("root", help="folder in COCO's layout, as coco-sample")
-    parser.add_argument("--workers", type=int, default=0, help="of every loader (default: in this process)")
-    parser.add_argument("--batch-size", type=int, default=32)
+    parser.add_argument("--workers", type=int, default=0, help="processes of every loader (default: this one)")
+    parser.add_argument("--batch-size", type=int, default=32, help="of people")
+    parser.add_argument("--pose", action="store_true", help="the pose loader alone")
+    parser.add_argument("--folder", help="of the decoded pictures (default: a temporary one)")
     args = parser.parse_args()
     torch.set_num_threads(1)
-    data = CocoKeypoints(args.root, workers=0)
-    data.setup("fit")
-    for split in ("train", "val"):
-        ours = data.datasets[split]
-        peer = Official(ours)
-        candidates: dict[str, Dataset] = {"official style": peer, "exact": ours}
-        calls = {name: through(each, args.batch_size, args.workers) for name, each in candidates.items()}
-        seconds = medians(calls)
-        notes = {name: shares(call) for name, call in calls.items()} if not args.workers else {}
-        if split == "train":
-            wrong, count = differing(ours, peer)
-            notes["exact"] = f"{notes.get('exact', '')}; {wrong} of {count} pixels differ"
-        people = f"{len(ours)} people in {len({i.path for i in ours.instances})} pictures"
-        case = f"pose {split}, {people}, batch {args.batch_size}, {args.workers} workers"
-        report("loader", case, "official style", {k: v / len(ours) for k, v in seconds.items()}, notes)
+    with tempfile.TemporaryDirectory() as temporary:
+        folder, where = args.folder or temporary, f"batch {args.batch_size}, {args.workers} workers"
+        for case, peer, candidates, official in people(args.root, folder):
+            calls = {name: through(each, args.batch_size, args.workers) for name, each in candidates.items()}
+            seconds = medians(calls)
+            notes = {name: shares(call) for name, call in calls.items()} if not args.workers else {}
+            for name in ("exact", "decoded") if official.train else ():
+                wrong, count = differing(candidates[name], official)  # type: ignore[arg-type]
+                notes[name] = f"{notes.get(name, '')}; {wrong} of {count} pixels differ"
+            seconds = {name: value / len(official) for name, value in seconds.items()}
+            report("loader", f"{case}, {where}", peer, seconds, notes)
+        for case, candidates, collate, batch in () if args.pose else others(args.root, folder):
+            calls = {k: through(each, batch, args.workers, collate) for k, each in candidates.items()}
+            count = len(next(iter(candidates.values())))  # type: ignore[arg-type]
+            seconds = {name: value / count for name, value in medians(calls).items()}
+            report("loader", f"{case}, batch {batch}, {args.workers} workers", "exact", seconds)
 
 
 if __name__ == "__main__":

@@ -13,6 +13,9 @@ from datamodules.jpeg import frame_of_jpeg, size_in, top_of_jpeg
 
 Array = NDArray[Any]
 
+REDUCED = {2: cv2.IMREAD_REDUCED_GRAYSCALE_2, 4: cv2.IMREAD_REDUCED_GRAYSCALE_4, 8: cv2.IMREAD_REDUCED_GRAYSCALE_8}
+"""OpenCV's flags; IMREAD_COLOR_RGB beside them makes it colour."""
+
 cv2.setNumThreads(0)  # loader workers are the parallelism; OpenCV's own threads only fight them
 
 
@@ -63,7 +66,7 @@ def read_reduced(path: str | Path, factor: int) -> tuple[Array, int, int]:
     """
     data = _bytes_of(path)
     frame, _ = frame_of_jpeg(data)
-    flag = {2: cv2.IMREAD_REDUCED_COLOR_2, 4: cv2.IMREAD_REDUCED_COLOR_4, 8: cv2.IMREAD_REDUCED_COLOR_8}.get(factor)
+    flag = REDUCED.get(factor)
     if flag is None or not frame:
         image = _decoded(path, data)
         return image, 1, image.shape[1]
