@@ -34,7 +34,7 @@ class BoxPhotos(DataModule):
             found = [Boxed(f"{files[0]}#{i}", i) for i in range(len(video))]
         else:
             found = [Boxed(str(file), i) for i, file in zip(ids_of(files), files, strict=True)]
-        read = read_upright if video is None else video.read
+        read = self.reader(read_upright) if video is None else video.read
         self.datasets["predict"] = BoxDataset(found, self.shorter, self.longer, read=read)
 
     def loader(self, split: str, **options: Any) -> DataLoader:

@@ -40,7 +40,7 @@ class Decoded:
     free: float = 20.0
 
     def read(self, reader: Callable[..., Array], path: str, rows: int | None = None) -> Array:
-        """What `reader(path)` returns, or the first `rows` rows of it."""
+        """What `reader(path)` returns, or `rows` rows from its top, at least 1."""
         try:
             status = os.stat(path)
         except OSError:
@@ -52,7 +52,7 @@ class Decoded:
         if image is None:
             image = reader(path)
             self.store(Path(place), stamp, image)
-        return image
+        return image if rows is None else image[: max(rows, 1)]
 
     def store(self, place: Path, stamp: tuple[int, int], image: Array) -> None:
         """Write a picture, at once in the eyes of other processes."""

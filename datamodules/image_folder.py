@@ -198,7 +198,7 @@ class Photos(DataModule):
         if not files:
             raise DataError(f"{self.path}: no picture found (of {', '.join(sorted(IMAGES))})")
         found = [Labelled(str(file), i) for i, file in enumerate(files)]
-        self.datasets["predict"] = LabelDataset(found, centre(self.size, self.resize))
+        self.datasets["predict"] = LabelDataset(found, centre(self.size, self.resize), self.reader(read_upright))
 
 
 def of_folder(root: Path) -> list[tuple[Path, str]]:

@@ -139,7 +139,7 @@ class MaskPhotos(DataModule):
             found = [Masked(f"{files[0]}#{i}", i) for i in range(len(video))]
         else:
             found = [Masked(str(file), i) for i, file in enumerate(files)]
-        read = read_upright if video is None else video.read
+        read = self.reader(read_upright) if video is None else video.read
         self.datasets["predict"] = MaskDataset(found, np.zeros(256), (1, 1), eval_size=self.eval_size, read=read)
 
     def loader(self, split: str, **options: Any) -> DataLoader:

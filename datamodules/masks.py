@@ -136,7 +136,7 @@ class MaskDataset(Dataset):
             size = self.size
         else:
             image = resized(image, self.eval_size)
-        sample = {"image": image.transpose(2, 0, 1).copy(), "size": np.array(size), "id": index}
+        sample = {"image": np.stack(cv2.split(image)), "size": np.array(size), "id": index}
         return sample if mask is None else sample | {"mask": mask}
 
     def crop(self, image: Array, mask: Array) -> tuple[Array, Array]:
@@ -166,7 +166,7 @@ class MaskDataset(Dataset):
         place = (int(target[0]), int(target[1]))
         image = cv2.warpAffine(image, matrix, place, flags=cv2.INTER_LINEAR)
         mask = cv2.warpAffine(mask, matrix, place, flags=cv2.INTER_NEAREST, borderValue=IGNORE)
-        mask = self.mirrored[mask] if flip else mask
+        mask = cv2.LUT(mask, self.mirrored) if flip else mask
         if rng.random() < augment.brightness:
             image = np.clip(image.astype(np.int16) + rng.integers(-10, 11), 0, 255).astype(np.uint8)
         if self.look is not None:
@@ -264,7 +264,8 @@ class MaskData(DataModule):
 
     def pixels(self, split: str) -> Array:
         """Pixels `[N, C]` of every class in every mask of a split."""
-        masks = (read_mask(str(mask), self.values) for _, mask in self.pairs(split))  # one at a time
+        read = self.reader(stored_by(self.values))
+        masks = (read_mask(str(mask), self.values, read=read) for _, mask in self.pairs(split))  # one at a time
         return np.array([np.bincount(mask.ravel(), minlength=256)[: self.num_classes] for mask in masks])
 
     def instances(self, split: str) -> list[Masked]:

@@ -27,13 +27,16 @@ def read_image(path: str | Path, rows: int | None = None) -> Array:
     """RGB `[H, W, 3]` of an image file, EXIF orientation ignored (labels are made on the stored pixels).
 
     Args:
-        rows: how many from the top are needed: there may be fewer than H then, but not fewer than these. None is all.
+        rows: how many to return from the top, at least 1; JPEGs are decoded little further. None is all.
 
     Raises:
         DataError: naming the file if it is missing, is no image, or is cut off (OpenCV would fill in grey).
     """
     data = _bytes_of(path)
-    return _decoded(path, data if rows is None else top_of_jpeg(data, rows))
+    if rows is None:
+        return _decoded(path, data)
+    rows = max(rows, 1)
+    return _decoded(path, top_of_jpeg(data, rows))[:rows]
 
 
 def _bytes_of(path: str | Path) -> Array:

@@ -401,6 +401,15 @@ class TestFiles:
         assert module(content, train=content, flip_pairs=[[1, 2], [3, 4]]).flip_pairs == [[1, 2], [3, 4]]
 
 
+def test_people_of_one_picture_are_evaluated_together(module):
+    content = healthy()
+    content["annotations"] = content["annotations"][::2] + content["annotations"][1::2]
+    data = module(val=content, train=content)
+    data.setup("fit")
+    assert [i.image_id for i in data.datasets["val"].instances] == [1, 1, 2, 2, 3, 3, 4, 4]
+    assert [i.image_id for i in data.datasets["train"].instances] == [1, 2, 3, 4, 1, 2, 3, 4]
+
+
 class TestDrop:
     @pytest.mark.parametrize("name", [n for n, f in FAULTS.items() if "103" in f[2] or "102" in f[2]])
     def test_leaves_out_exactly_the_faulty(self, module, name):

@@ -19,7 +19,11 @@ from datamodules.transforms import (
     invert,
     mirror,
     read_image,
+    read_reduced,
+    reduced,
+    rows_of,
     warp,
+    warp_mirrored,
 )
 
 SIZE = (128, 96)
@@ -151,6 +155,49 @@ def test_mirrored_crop_is_the_crop_of_the_mirrored_image():
     assert np.abs(ours.astype(int) - theirs).mean() < 2
 
 
+@settings(max_examples=60, deadline=None)
+@given(x=st.floats(-60, 140), y=st.floats(-60, 120), w=st.floats(3, 300), rotation=angle, udp=st.booleans())
+def test_mirrored_warp_is_the_warp_of_the_mirror_image_bit_for_bit(x, y, w, rotation, udp):
+    image = np.random.default_rng(0).integers(0, 255, (60, 80, 3), np.uint8)
+    matrix = crop_matrix(np.array([x, y]), np.array([w, w * 4 / 3]), SIZE, rotation, udp)
+    assert np.array_equal(warp_mirrored(image, matrix, SIZE), warp(cv2.flip(image, 1), matrix, SIZE))
+
+
+@settings(max_examples=60, deadline=None)
+@given(x=st.floats(-60, 140), y=st.floats(-60, 120), w=st.floats(3, 300), rotation=angle, udp=st.booleans())
+def test_rows_suffice(x, y, w, rotation, udp):
+    image = np.random.default_rng(0).integers(1, 255, (60, 80, 3), np.uint8)
+    matrix = crop_matrix(np.array([x, y]), np.array([w, w * 4 / 3]), SIZE, rotation, udp)
+    rows = rows_of(matrix, SIZE)
+    top = image[: max(1, rows)].copy()
+    assert np.array_equal(warp(top, matrix, SIZE), warp(image, matrix, SIZE))
+    assert np.array_equal(warp_mirrored(top, matrix, SIZE), warp_mirrored(image, matrix, SIZE))
+
+
+@pytest.mark.parametrize("factor", [2, 4, 8])
+@pytest.mark.parametrize("size", [(480, 640), (483, 637)])
+def test_reduced_pictures_show_things_at_the_same_place(factor, size, tmp_path):
+    """Dots found in the crop of the reduced picture lie where those of the whole do, within a tenth of its pixel."""
+    centre, extent = np.array([330.0, 250.0]), np.array([300.0, 400.0])
+    matrix = crop_matrix(centre, extent, SIZE, 25.0)
+    for place in [(300.0, 200.0), (401.5, 307.0), (260.0, 350.0)]:
+        y, x = np.mgrid[: size[0], : size[1]]
+        dot = 255 * np.exp(-((x - place[0]) ** 2 + (y - place[1]) ** 2) / (2 * 8.0**2))
+        cv2.imwrite(str(tmp_path / "a.jpg"), dot.astype(np.uint8).repeat(3).reshape(*size, 3))
+        image, found, width = read_reduced(tmp_path / "a.jpg", factor)
+        assert (found, width, image.shape) == (factor, size[1], (-(-size[0] // factor), -(-size[1] // factor), 3))
+        for m in (matrix, mirror(matrix, size[1])):
+            expected = apply(m, np.array(place))
+            if (expected > 12).all() and (expected < [SIZE[1] - 12, SIZE[0] - 12]).all():
+                assert np.abs(spot(warp(image, reduced(m, factor), SIZE)) - expected).max() < 0.1
+
+
+def test_only_jpegs_are_reduced(tmp_path):
+    cv2.imwrite(str(tmp_path / "a.png"), np.full((64, 80, 3), 9, np.uint8))
+    image, factor, width = read_reduced(tmp_path / "a.png", 2)
+    assert (image.shape, factor, width) == ((64, 80, 3), 1, 80)
+
+
 def test_outside_the_image_is_black():
     crop = warp(
         np.full((20, 20, 3), 200, np.uint8), crop_matrix(np.zeros(2), np.array([40.0, 40.0]), (40, 40)), (40, 40)
@@ -270,6 +317,64 @@ def test_evaluation_is_the_plain_crop(tmp_path):
     sample = KeypointDataset([instance], FACTS, SIZE)[0]
     matrix = official_matrix(*crop_of_box(instance.box, SIZE), SIZE, 0)
     np.testing.assert_allclose(sample["keypoints"], apply(matrix, instance.keypoints), atol=1e-3)
+
+
+class Drawn(PoseAugmentation):
+    """Draws what it was told."""
+
+    def half(self, *_):
+        return np.array([150.3, 121.7]), np.array([210.0, 280.0])
+
+    def angle(self, _):
+        return self.rotation
+
+
+def photograph(path, size=(240, 320)):
+    """A JPEG of smooth noise, with a person in it."""
+    noise = np.random.default_rng(0).integers(0, 255, (24, 32, 3), np.uint8)
+    cv2.imwrite(str(path), cv2.resize(noise, size[::-1], interpolation=cv2.INTER_CUBIC))
+    return Instance(str(path), 1, np.array([90.0, 50.0, 140.0, 150.0]), np.full((17, 2), 120.0), np.full(17, 2.0))
+
+
+@pytest.mark.parametrize("flip", [0.0, 1.0])
+@pytest.mark.parametrize("rotation", [0.0, 33.0, -71.0])
+@pytest.mark.parametrize("scale", [0.5, 1.0, 1.31])
+def test_crops_are_the_official_ones_bit_for_bit(flip, rotation, scale, tmp_path):
+    instance = photograph(tmp_path / "a.jpg")
+    augmentation = Drawn(scale=0, rotation=rotation, flip=flip)
+    object.__setattr__(augmentation, "factor", lambda _: scale)
+    sample = KeypointDataset([instance], FACTS, (256, 192), augmentation)[0]
+    image = cv2.cvtColor(cv2.imread(instance.path, cv2.IMREAD_COLOR), cv2.COLOR_BGR2RGB)
+    centre, extent = augmentation.half()
+    if flip:
+        image, centre[0] = image[:, ::-1, :].copy(), image.shape[1] - centre[0] - 1
+    matrix = official_matrix(centre, extent * scale, (256, 192), rotation)
+    expected = cv2.warpAffine(image, matrix, (192, 256), flags=cv2.INTER_LINEAR)
+    assert np.array_equal(sample["image"], expected.transpose(2, 0, 1))
+
+
+def test_reduced_pictures_leave_labels_alone(tmp_path):
+    instance = photograph(tmp_path / "a.jpg", (480, 640))
+    instance.box *= 2
+    for seed in range(8):
+        samples = []
+        for small in (False, True):
+            torch.manual_seed(seed)
+            samples.append(
+                KeypointDataset([instance], FACTS, (64, 48), PoseAugmentation(half_body=0), reduced=small)[0]
+            )
+        assert all(np.array_equal(samples[0][key], samples[1][key]) for key in ("keypoints", "visible", "to_image"))
+        apart = np.abs(samples[0]["image"].astype(int) - samples[1]["image"])
+        assert 0 < apart.mean() < 12
+
+
+def test_evaluation_decodes_a_picture_once(tmp_path):
+    people = [photograph(tmp_path / "a.jpg"), photograph(tmp_path / "a.jpg"), photograph(tmp_path / "b.jpg")]
+    seen = []
+    data = KeypointDataset(people, FACTS, SIZE, read=lambda path: seen.append(path) or read_image(path))
+    first, again, _ = (data[i] for i in range(3))
+    assert np.array_equal(first["image"], again["image"])
+    assert seen == [people[0].path, people[2].path]
 
 
 # --- augmentation
