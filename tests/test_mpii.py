@@ -117,7 +117,8 @@ def test_crop_is_the_official_one(tmp_path_factory, x, y, scale, size):
     matrix = crop_matrix(*crop_of_box(instance.box, size, data.padding), size)
     corners = np.array([[x, y], [x - 100 * scale, y + 100 * scale], [x + 100 * scale, y - 50 * scale]])
     expected = apply(official_matrix([x, y], scale, size), corners)
-    assert np.abs(apply(matrix, corners) - expected).max() < 1e-6
+    # Crops are computed from float32 points: of coordinates near 1000 that leaves 6e-5, times the magnification.
+    assert np.abs(apply(matrix, corners) - expected).max() < 1e-3 * max(1, size[1] / (200 * scale))
 
 
 def test_labels_are_zero_based_and_nobody_is_dropped(copy_of_mpii):
