@@ -76,7 +76,8 @@ class DataModule(L.LightningDataModule):
 
     Args:
         batch_size: samples a batch and process.
-        workers: loader processes; None takes one a core, 8 at most.
+        workers: loader processes; None takes one a core, 8 at most. They live as long as the loader, each with two
+            batches ahead, and compute in one thread each (torch sees to its own, `transforms` to OpenCV's).
         eval_batch_size: for validation, test and prediction; None is batch_size.
         decoded: where pictures are kept decoded; None decodes them each time.
     """
@@ -235,9 +236,10 @@ class KeypointDataset(Dataset):
 
     def picture(self, path: str, matrix: Array, extent: Array) -> tuple[Array, int, int]:
         """What the crop by `matrix` is made of: the picture or its top; what it is reduced by; and its true width."""
-        factor = max((f for f in (2, 4, 8) if (extent[::-1] >= np.multiply(f, self.size)).all()), default=1)
-        if self.reduced and factor > 1:
-            return read_reduced(path, factor)
+        if self.reduced:
+            factor = max((f for f in (2, 4, 8) if (extent[::-1] >= np.multiply(f, self.size)).all()), default=1)
+            if factor > 1:
+                return read_reduced(path, factor)
         if self.augmentation is not None:
             image = self.read(path, rows_of(matrix, self.size))
         else:  # people of one picture come one after the other

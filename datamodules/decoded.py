@@ -1,14 +1,13 @@
 """Pictures kept decoded on a disk: exact, several times faster than JPEG or PNG, several times larger."""
 
-import contextlib
 import os
 import shutil
 import struct
-import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from hashlib import blake2b
 from pathlib import Path
+from uuid import uuid4
 
 import numpy as np
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
@@ -23,8 +22,8 @@ HEADER = struct.Struct("<5q")
 class Decoded:
     """A folder of decoded pictures, filled as they are first read, for all processes and later runs.
 
-    What is stored is what the reader returned, so that nothing changes but time. A file that has changed (in size or
-    time) is decoded anew. A picture takes H x W x 3 bytes, 0.9 MB at 640 x 480.
+    What is stored is what the reader returned, so that nothing changes but time. A file is known by its absolute path;
+    one that has changed (in size or time) is decoded anew. A picture takes H x W x 3 bytes, 0.9 MB at 640 x 480.
     It pays while the folder fits into memory beside all else, or its disk reads faster than the processor decodes; a
     folder in memory (/dev/shm) does as well. Nothing is ever deleted: remove the folder by hand.
 
@@ -50,34 +49,46 @@ class Decoded:
         place, stamp = os.path.join(self.folder, name[:2], name), (status.st_size, status.st_mtime_ns)
         image = load(place, stamp, rows)
         if image is None:
+            if not self.room():
+                return reader(path) if rows is None else reader(path, rows)
             image = reader(path)
             self.store(Path(place), stamp, image)
         return image if rows is None else image[: max(rows, 1)]
 
+    def room(self) -> bool:
+        """Whether there is more left on the disk than `free`."""
+        try:
+            os.makedirs(self.folder, exist_ok=True)
+            left = shutil.disk_usage(self.folder).free / 1e9
+        except OSError as error:
+            raise self.refused(error) from None
+        if left < self.free:
+            rank_zero_warn(
+                f"{self.folder}: its disk has less than {self.free} GB left (`free`); other pictures are decoded each time"
+            )
+        return left >= self.free
+
     def store(self, place: Path, stamp: tuple[int, int], image: Array) -> None:
         """Write a picture, at once in the eyes of other processes."""
+        part = place.with_name(f"{place.name}.{uuid4().hex}.part")
         try:
-            place.parent.mkdir(parents=True, exist_ok=True)
-            if shutil.disk_usage(place.parent).free - image.nbytes < self.free * 1e9:
-                rank_zero_warn(
-                    f"{self.folder}: its disk has {self.free} GB left (`free`); further pictures are decoded each time"
-                )
-                return
-            handle, part = tempfile.mkstemp(dir=place.parent, suffix=".part")
+            place.parent.mkdir(exist_ok=True)
             try:
-                with open(handle, "wb") as file:
+                with open(part, "wb") as file:
                     file.write(HEADER.pack(*stamp, *image.shape, *(0,) * (3 - image.ndim)))  # 0: no channels
                     file.write(np.ascontiguousarray(image).data)
                 os.replace(part, place)
             except BaseException:
-                with contextlib.suppress(OSError):
-                    os.unlink(part)
+                part.unlink(missing_ok=True)
                 raise
         except OSError as error:
-            raise DataError(
-                f"{self.folder}: cannot keep decoded pictures here ({error.strerror}); name another folder, make room, "
-                f"or raise `free`, at which no more is written"
-            ) from None
+            raise self.refused(error) from None
+
+    def refused(self, error: OSError) -> DataError:
+        return DataError(
+            f"{self.folder}: cannot keep decoded pictures here ({error.strerror}); name another folder, make room, or "
+            f"raise `free`, at which no more is written"
+        )
 
 
 def load(place: str, stamp: tuple[int, int], rows: int | None = None) -> Array | None:

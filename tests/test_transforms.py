@@ -470,11 +470,13 @@ def encoded(suffix, height=40, width=60):
     return image, cv2.imencode(suffix, image[..., ::-1])[1].tobytes()
 
 
-def test_images_come_as_rgb(tmp_path):
-    image, data = encoded(".png")
-    (tmp_path / "a.png").write_bytes(data)
-    assert np.array_equal(read_image(tmp_path / "a.png"), image)
-    assert np.array_equal(read_image(str(tmp_path / "a.png")), image)
+@pytest.mark.parametrize("suffix", [".png", ".bmp", ".tiff", ".ppm"])
+def test_images_come_as_rgb(suffix, tmp_path):
+    image, data = encoded(suffix)
+    path = tmp_path / f"a{suffix}"
+    path.write_bytes(data)
+    assert np.array_equal(read_image(path), image)
+    assert np.array_equal(read_image(str(path), 7), image[:7])
 
 
 def test_grey_and_transparent_images_become_rgb(tmp_path):
