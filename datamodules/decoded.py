@@ -64,7 +64,7 @@ class Decoded:
             raise self.refused(error) from None
         if left < self.free:
             rank_zero_warn(
-                f"{self.folder}: less than {self.free} GB of its disk left (`free`); other pictures are decoded each time"
+                f"{self.folder}: less than {self.free} GB left there (`free`); other pictures are decoded each time"
             )
         return left >= self.free
 
