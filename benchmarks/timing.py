@@ -1,41 +1,20 @@
-"""Fair comparisons: candidates take turns, medians count, and ratios to a peer of the same run are printed."""
+"""Ratios to a peer of the same run, printed and kept for the plots."""
 
 import json
-import statistics
-import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
+from hrnet.bench import medians
+
+__all__ = ["medians", "report"]
 FOLDER = Path("runs/bench")
+NOTHING: dict[str, str] = {}
 
 
-def medians(candidates: Mapping[str, Callable[[], Any]], rounds: int = 7, least: float = 0.0) -> dict[str, float]:
-    """Median seconds a call, of candidates that take turns, after one call of each that does not count.
-
-    Args:
-        candidates: what to call, by name.
-        rounds: timings of each.
-        least: seconds that a timing takes at least; short calls are repeated within it.
-    """
-    repeats = {}
-    for name, call in candidates.items():
-        call()
-        start = time.perf_counter()
-        call()
-        repeats[name] = max(1, round(least / (time.perf_counter() - start)))
-    times: dict[str, list[float]] = {name: [] for name in candidates}
-    for _ in range(rounds):
-        for name, call in candidates.items():
-            start = time.perf_counter()
-            for _ in range(repeats[name]):
-                call()
-            times[name].append((time.perf_counter() - start) / repeats[name])
-    return {name: statistics.median(each) for name, each in times.items()}
-
-
-def report(benchmark: str, case: str, peer: str, seconds: Mapping[str, float], notes: Mapping[str, str] = {}) -> None:
-    """Print a case's rows, times the peer's speed last, and keep them in runs/bench/<benchmark>.json for the plots.
+def report(
+    benchmark: str, case: str, peer: str, seconds: Mapping[str, float], notes: Mapping[str, str] = NOTHING
+) -> None:
+    """Print a case's rows, with times the peer's speed, and keep them in runs/bench/<benchmark>.json.
 
     Args:
         benchmark: names the file. case: what was measured, replacing an earlier one of this name.

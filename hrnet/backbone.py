@@ -37,7 +37,7 @@ class HRNetConfig:
             segmentation and face code (ImageNet weights are made with "nearest" and fine-tuned with either).
         align_corners: for "bilinear" only; True in the official OCR, ADE20K and COCO-Stuff recipes.
         bn_momentum: 0.1; the official Cityscapes, LIP, PASCAL-Context and face models were trained with 0.01.
-        checkpointing: recompute stages 2-4 in the backward pass: less memory, about a third more time.
+        checkpointing: recompute the stages in the backward pass: less memory, more time.
 
     Raises:
         ValueError: if a field is outside its range.
@@ -280,7 +280,9 @@ class HRNet(L.LightningModule):
         check_size(image)
         x = F.relu(self.bn1(self.conv1(image)), inplace=True)
         x = F.relu(self.bn2(self.conv2(x)), inplace=True)
-        maps = [self.layer1(x)]
+        for block in self.layer1:
+            x = self.run(block, x)
+        maps = [x]
         for transition, stage in (
             (self.transition1, self.stage2),
             (self.transition2, self.stage3),
@@ -289,12 +291,14 @@ class HRNet(L.LightningModule):
             # Kept branches change channels at most; the new one starts from the coarsest.
             maps = [layer(x) for layer, x in zip(transition, [*maps, maps[-1]], strict=True)]
             for module in stage:
-                if self.config.checkpointing and torch.is_grad_enabled():
-                    contexts = partial(recomputing, module)
-                    maps = checkpoint(module, maps, use_reentrant=False, context_fn=contexts)
-                else:
-                    maps = module(maps)
+                maps = self.run(module, maps)
         return maps[: len(self.channels)]
+
+    def run(self, module: nn.Module, x: Any) -> Any:
+        """What a module makes of its input, which with `checkpointing` is all that is kept for the backward pass."""
+        if self.config.checkpointing and torch.is_grad_enabled():
+            return checkpoint(module, x, use_reentrant=False, context_fn=partial(recomputing, module))
+        return module(x)
 
 
 def check_size(image: Tensor) -> None:
