@@ -2,7 +2,7 @@
 PYTHON ?= python3
 PY := .venv/bin/python
 
-.PHONY: demo test lint smoke-configs camvid bccd pennfudan overfit clean
+.PHONY: demo test lint smoke-configs camvid bccd pennfudan overfit bench bench-gpu clean
 
 demo: .venv/done  ## learn human pose from drawn scenes: a few minutes on a laptop's CPU
 	$(PY) -m tasks.pose fit
@@ -34,6 +34,19 @@ pennfudan: .venv/done  ## train on the pedestrians below DATA, boxes and masks
 overfit: .venv/done  ## every detector learns eight pictures of DATA/coco-sample by heart
 	$(PY) benchmarks/overfit.py $(DATA)/coco-sample
 
+bench: .venv/bench  ## every benchmark on the CPU with the pictures of DATA/coco-sample: a quarter of an hour on two cores
+	$(PY) benchmarks/forward.py
+	$(PY) benchmarks/training.py
+	$(PY) benchmarks/loader.py $(DATA)/coco-sample
+	$(PY) benchmarks/evaluation.py
+	$(PY) benchmarks/scaling.py $(DATA)/coco-sample
+	$(PY) benchmarks/plots.py
+
+bench-gpu: .venv/done  ## forward passes and training steps on a GPU, with the share of what it can do
+	$(PY) -m hrnet.bench --device cuda --network w32 --compile
+	$(PY) -m hrnet.bench --device cuda --network w32 --batch 64 --compile
+	$(PY) benchmarks/training.py --device cuda
+
 clean:  ## removes what the targets above made, but no runs: those are yours
 	rm -rf .venv .pytest_cache .ruff_cache .mypy_cache .hypothesis .coverage *.egg-info build
 
@@ -42,4 +55,8 @@ clean:  ## removes what the targets above made, but no runs: those are yours
 	$(PYTHON) -m venv .venv
 	.venv/bin/pip install --quiet --disable-pip-version-check uv
 	.venv/bin/uv pip install --quiet --python $(PY) -c constraints.txt -e '.[dev]'
+	touch $@
+
+.venv/bench: .venv/done
+	.venv/bin/uv pip install --quiet --python $(PY) -c constraints.txt -e '.[bench]'
 	touch $@

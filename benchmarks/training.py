@@ -1,6 +1,6 @@
 """Training steps beside a plain fp32 step on timm's network with the same head: time, peak memory, and what is learned.
 
-python benchmarks/training.py [--curves DATA_ROOT]
+python benchmarks/training.py [--device cuda | --curves]
 """
 
 import argparse
@@ -19,9 +19,12 @@ from torch import nn
 
 from hrnet import PRESETS, HRNet
 from hrnet.bench import peer
+from hrnet.fast import compile_blocks, parallel
 from hrnet.heads import HRNetV1
 
-CASES = [("w18_small_v1", 8), ("w32", 4)]
+CASES = {"cpu": [("w18_small_v1", 8), ("w32", 4)], "cuda": [("w32", 32), ("w48", 32)]}
+NAMES = ("timm, fp32", "ours, fp32", "ours, bf16", "ours, bf16, checkpointing")
+ON_GPU = ("ours, bf16, compiled", "ours, bf16, parallel")
 
 
 class Plain(nn.Module):
@@ -49,11 +52,11 @@ class Ours(nn.Module):
 def step(network: nn.Module, image: torch.Tensor, bf16: bool, fused: bool) -> Callable[[], torch.Tensor]:
     """One step of Adam on random heatmaps."""
     network.train()
-    target = torch.rand(len(image), 17, image.shape[2] // 4, image.shape[3] // 4)
+    target = torch.rand(len(image), 17, image.shape[2] // 4, image.shape[3] // 4, device=image.device)
     optimizer = torch.optim.Adam(network.parameters(), 1e-3, fused=fused)
 
     def call() -> torch.Tensor:
-        with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+        with torch.autocast(image.device.type, torch.bfloat16, enabled=bf16):
             output = network(image)
         loss = (output.float() - target).square().mean()
         optimizer.zero_grad()
@@ -64,40 +67,45 @@ def step(network: nn.Module, image: torch.Tensor, bf16: bool, fused: bool) -> Ca
     return call
 
 
-def candidate(preset: str, batch: int, name: str) -> Callable[[], torch.Tensor]:
+def candidate(preset: str, batch: int, name: str, device: str) -> Callable[[], torch.Tensor]:
     torch.manual_seed(0)
-    image = torch.randn(batch, 3, 256, 192)
+    image = torch.randn(batch, 3, 256, 192, device=device)
     if name == "timm, fp32":
-        return step(Plain(preset), image, bf16=False, fused=False)
-    network = Ours(preset, "checkpointing" in name).to(memory_format=torch.channels_last)
+        return step(Plain(preset).to(device), image, bf16=False, fused=False)
+    network = Ours(preset, "checkpointing" in name).to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+    if "compiled" in name:
+        compile_blocks(network)
+    elif "parallel" in name:
+        parallel(network)
     return step(network, image.contiguous(memory_format=torch.channels_last), "bf16" in name, fused=True)
 
 
-NAMES = ("timm, fp32", "ours, fp32", "ours, bf16", "ours, bf16, checkpointing")
-
-
-def peak(preset: str, batch: int, name: str) -> float:
-    """MiB that two steps take beyond what the process had before, in a process of their own."""
-    command = [sys.executable, __file__, "--memory", preset, str(batch), name]
+def peak(preset: str, batch: int, name: str, device: str) -> float:
+    """MiB that two steps of so many images take beyond one of a single image, in a process of their own."""
+    command = [sys.executable, __file__, "--memory", preset, str(batch), name, "--device", device]
     return float(subprocess.run(command, check=True, capture_output=True, text=True).stdout.split()[-1])
 
 
-def memory(preset: str, batch: int, name: str) -> None:
-    call = candidate(preset, 1, name)  # weights, gradients and the optimizer's state are there before
+def memory(preset: str, batch: int, name: str, device: str) -> None:
+    def most() -> float:
+        if device == "cuda":
+            return torch.cuda.max_memory_allocated() / 2**20
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+
+    candidate(preset, 1, name, device)()  # weights, gradients and the optimizer's state are there before
+    before = most()
+    call = candidate(preset, batch, name, device)
     call()
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    call = candidate(preset, batch, name)
     call()
-    call()
-    print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024)
+    print(most() - before)
 
 
-def curves(root: str) -> None:
+def curves() -> None:
     """Losses of 200 steps of the embedded pose data, fp32 and bf16, three seeds each."""
     from datamodules.rendered import Rendered
     from tasks.pose import Pose
 
-    data = Rendered(root, size=(128, 96), batch_size=16, workers=0)
+    data = Rendered(size=(128, 96), batch_size=16, workers=0)
     data.prepare_data()
     data.setup("fit")
     print("\nmean loss of steps 181 to 200 of 200, embedded pose data, w18_small_v1 at 128x96, batch 16\n")
@@ -118,7 +126,7 @@ def curves(root: str) -> None:
                 optimizer.zero_grad()
                 loss.backward()
                 optimizer.step()
-                losses.append(float(loss))
+                losses.append(float(loss.detach()))
             found.setdefault(name, []).append(losses)
         ends = [statistics.mean(losses[180:]) for losses in found[name]]
         shown = ", ".join(f"{1000 * x:.3f}" for x in ends)
@@ -130,17 +138,20 @@ def curves(root: str) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--memory", nargs=3, help=argparse.SUPPRESS)
-    parser.add_argument("--curves", help="instead: what is learned in 200 steps; where the embedded data may be drawn")
+    parser.add_argument("--curves", action="store_true", help="instead: what is learned in 200 steps")
+    parser.add_argument("--device", default="cpu", choices=CASES)
     given = parser.parse_args()
     if given.memory:
-        return memory(given.memory[0], int(given.memory[1]), given.memory[2])
+        return memory(given.memory[0], int(given.memory[1]), given.memory[2], given.device)
     if given.curves:
-        return curves(given.curves)
-    for preset, batch in CASES:
-        megabytes = {name: peak(preset, batch, name) for name in NAMES}
+        return curves()
+    names = NAMES + (ON_GPU if given.device == "cuda" else ())
+    where = torch.cuda.get_device_name() if given.device == "cuda" else f"{torch.get_num_threads()} threads"
+    for preset, batch in CASES[given.device]:
+        megabytes = {name: peak(preset, batch, name, given.device) for name in names}
         notes = {k: f"{v:,.0f} MiB, {v / megabytes[NAMES[0]]:.2f} of timm's" for k, v in megabytes.items()}
-        calls = {name: candidate(preset, batch, name) for name in NAMES}
-        title = f"training step, {preset}, {batch} x 256x192, {torch.get_num_threads()} threads"
+        calls = {name: candidate(preset, batch, name, given.device) for name in names}
+        title = f"training step, {preset}, {batch} x 256x192, {where}"
         report("training", title, NAMES[0], medians(calls), notes)
     return None
 

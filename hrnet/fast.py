@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
-from hrnet.backbone import Bottleneck, HRNet, Module, check_size
+from hrnet.backbone import BasicBlock, Bottleneck, HRNet, Module, check_size
 from hrnet.streams import side_by_side
 
 
@@ -255,3 +255,19 @@ def as_float(output: Any) -> Any:
 
 def copied(output: Any) -> Any:
     return [copied(part) for part in output] if isinstance(output, list | tuple) else output.clone()
+
+
+def compile_blocks(network: nn.Module, **options: Any) -> None:
+    """Let torch.compile (of these options) run every residual block from now on, in training too; equal ones are
+    compiled once."""
+    torch._dynamo.config.recompile_limit = max(64, torch._dynamo.config.recompile_limit)  # one for each width and mode
+    for module in network.modules():
+        if isinstance(module, BasicBlock | Bottleneck):
+            module.compile(dynamic=False, **options)
+
+
+def parallel(network: nn.Module) -> None:
+    """Give every branch a CUDA stream of its own from now on, in training too."""
+    for module in network.modules():
+        if isinstance(module, Module):
+            module.parallel = True

@@ -1,10 +1,10 @@
-"""What a run leaves behind beside numbers: pictures, predictions, and a summary one can read."""
+"""What a run leaves behind beside numbers: pictures, predictions, a summary one can read. And ways to run faster."""
 
 import json
 import re
 from collections import defaultdict
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import cv2
 import lightning as L
@@ -17,7 +17,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
 from datamodules.drawing import grid, write_image
 from datamodules.video import Video
-from hrnet.fast import Fast, folded
+from hrnet.fast import Fast, compile_blocks, folded, parallel
 
 
 class Faster(Callback):
@@ -46,6 +46,24 @@ class Faster(Callback):
             (task.backbone, task.head), self.network = self.network, None
 
     on_test_end = on_predict_end = on_validation_end  # type: ignore[assignment]
+
+
+class FasterTraining(Callback):
+    """Trains the same network faster on a GPU.
+
+    Args:
+        how: "compiled" lets torch.compile merge what it can, once for each kind of residual block, which takes seconds
+            and not the minutes of the whole; "parallel" gives each branch a CUDA stream of its own.
+    """
+
+    def __init__(self, how: Literal["compiled", "parallel"]) -> None:
+        self.how = how
+
+    def on_fit_start(self, trainer: L.Trainer, task: Any) -> None:
+        if self.how == "compiled":
+            compile_blocks(task.backbone)
+        else:
+            parallel(task.backbone)
 
 
 class Pictures(Callback):

@@ -31,7 +31,7 @@ from hrnet.checkpoints import WeightsError, config_of, is_source, read, summary
 from hrnet.weights import InitFrom
 from tasks.arguments import CONFIGS, SettingError, asked, spelled_out, whole_numbers, with_default_data
 from tasks.base import Task, plain
-from tasks.callbacks import Faster
+from tasks.callbacks import Faster, FasterTraining
 from tasks.export import main as export
 from tasks.export import run_by, settings
 
@@ -61,9 +61,12 @@ class CLI(LightningCLI):
         return super()._prepare_subcommand_parser(klass, subcommand, **kwargs)
 
     def add_arguments_to_parser(self, parser: Any) -> None:
-        if self.preparing != "fit":
-            text = "run the network with its layers merged, or by torch.compile, which takes its time for each size"
-            parser.add_argument("--fast", type=Literal["no", "merged", "compiled"], default="no", help=text)
+        ways: Any = Literal["no", "merged", "compiled"]
+        text = "run the network with its layers merged, or by torch.compile, which takes its time for each size"
+        if self.preparing == "fit":
+            ways = Literal["no", "compiled", "parallel"]
+            text = "for GPUs: residual blocks by torch.compile, or branches side by side"
+        parser.add_argument("--fast", type=ways, default="no", help=text)
         if self.preparing == "predict":  # pictures know nothing of keypoints: the checkpoint does
             for name in self.model_class.protocol:
                 parser.link_arguments(f"model.{name}", f"data.init_args.{name}", apply_on="instantiate")
@@ -193,9 +196,10 @@ class CLI(LightningCLI):
         config = self._get(self.config_init, "trainer")
         for name, value in whole_numbers(sys.argv[1:]).items():  # the parser has made 1.0 of 1: all instead of one
             config[name] = value
-        fast = self.config_init[self.config_init.subcommand].get("fast", "no")
+        fast = self.config_init[self.subcommand].get("fast", "no")
         if fast != "no":
-            config["callbacks"] = [*(config["callbacks"] or []), Faster(fast == "compiled")]
+            own_way = FasterTraining(fast) if self.subcommand == "fit" else Faster(fast == "compiled")
+            config["callbacks"] = [*(config["callbacks"] or []), own_way]
         given = config["logger"]
         others = [x for x in (given if isinstance(given, list) else [given]) if isinstance(x, Logger)]
         # First, so that the run's folder is its folder; metrics.csv is written always.

@@ -29,7 +29,7 @@ def network(head=None, config=TINY):
 
 def flat(output):
     parts = output if isinstance(output, list | tuple) else [output]
-    return torch.cat([part.flatten() for part in parts]).float()
+    return torch.cat([part.flatten() for part in parts])
 
 
 def error(a, b):
@@ -95,3 +95,30 @@ def test_evaluates_to_the_same_numbers(cli, small, tmp_path):
     fast = cli(tmp_path, "validate", *small, "--ckpt_path=last", "--fast=merged", task=Pose)
     assert fast.numbers == pytest.approx(slow.numbers, abs=1e-4)
     assert isinstance(fast.model.backbone, HRNet)  # put back
+
+
+def test_trains_to_the_same_weights_with_its_blocks_compiled():
+    config = HRNetConfig(4, modules=(1, 1, 1), blocks=1, stem=(1, 4))
+    plain, compiled = (network(config=config).double().train() for _ in range(2))
+    hrnet.fast.compile_blocks(compiled, backend="aot_eager")  # traced, without a minute of C++
+    hrnet.fast.parallel(compiled)  # nothing but on a GPU
+    x = torch.randn(2, 3, 64, 64, dtype=torch.float64)
+    for net in (plain, compiled):
+        flat(net(x)).square().mean().backward()
+    names = dict(plain.named_parameters()).keys()
+    assert dict(compiled.named_parameters()).keys() == names
+    for name, other in compiled.named_parameters():
+        assert error(plain.get_parameter(name).grad, other.grad) < 1e-6
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@torch.no_grad()
+def test_captured_on_a_gpu_and_side_by_side():
+    net, x = network().cuda(), [torch.randn(2, 3, 64, 96, device="cuda") for _ in range(3)]
+    with torch.backends.cudnn.flags(allow_tf32=False):
+        fast, side = Fast(net), network().cuda()
+        hrnet.fast.parallel(side)
+        outputs = [fast(image) for image in x]
+        for image, output in zip(x, outputs):  # the first ones were not overwritten
+            assert error(net(image), output) < 1e-4
+            assert error(net(image), side(image)) < 1e-4
