@@ -1,7 +1,5 @@
 """COCO's average precision of boxes and of masks."""
 
-import contextlib
-import io
 import math
 from collections.abc import Sequence
 from typing import Any, Literal
@@ -13,6 +11,7 @@ from torch import Tensor
 from torchmetrics import Metric
 from torchmetrics.utilities import dim_zero_cat
 
+from datamodules.coco_eval import Found, box_iou, mask_iou, mean_known, objects, precision_recall, reference
 from datamodules.transforms import Array
 
 STATS = ("AP", "AP50", "AP75", "APS", "APM", "APL", "AR1", "AR10", "AR100", "ARS", "ARM", "ARL")
@@ -27,7 +26,8 @@ class BoxAP(Metric):
         category_ids, class_names: of the labels 0, 1, ...
         kind: "bbox", or "segm" for masks, of which the numbers are called "mask_AP" and so on.
         per_class: whether to report `AP/<name>` of every class too.
-        backend: "pycocotools", or "faster" for faster-coco-eval: the same digits, sooner.
+        backend: "numpy" for `coco_eval.py`; or, to compare, "pycocotools", or "faster" for faster-coco-eval: the same
+            digits, later.
 
     `update(prediction, batch)` takes lists, an item an image: `boxes` `[N, 4]` x0, y0, x1, y1 in pixels of the batch,
     `scores`, `labels`, and for masks `masks` `[N, m, m]`, probabilities over the boxes.
@@ -53,12 +53,12 @@ class BoxAP(Metric):
         class_names: Sequence[str],
         kind: Literal["bbox", "segm"] = "bbox",
         per_class: bool = False,
-        backend: str = "faster",
+        backend: str = "numpy",
         **kwargs: Any,
     ) -> None:
         super().__init__(**kwargs)
-        if backend not in ("pycocotools", "faster"):
-            raise ValueError(f"backend is pycocotools or faster, got {backend!r}")
+        if backend not in ("numpy", "pycocotools", "faster"):
+            raise ValueError(f"backend is numpy, pycocotools or faster, got {backend!r}")
         self.image_ids, self.category_ids, self.class_names = list(image_ids), list(category_ids), list(class_names)
         self.kind, self.per_class, self.backend = kind, per_class, backend
         wanted = set(category_ids)
@@ -107,88 +107,124 @@ class BoxAP(Metric):
     def results(self) -> list[dict[str, Any]]:
         """Items of a COCO results file. To be called by all processes."""
         with self.sync_context(dist_sync_fn=self.dist_sync_fn):
-            return self.items_seen()[0]
+            return self.items(*self.found()[:4])
 
-    def items_seen(self) -> tuple[list[dict[str, Any]], list[int]]:
-        """Items of a COCO results file, and the ids of the images seen, every image once."""
+    def found(self) -> tuple[Array, Array, Array, Any, Array]:
+        """Of every detection its image and label (positions in `image_ids` and `category_ids`), its score, its box x, y,
+        width, height `[N, 4]` or RLE; then the images seen. Every image once, in order."""
 
         def all_of(name: str) -> Array:
             value = getattr(self, name)
-            return dim_zero_cat(value).cpu().numpy() if len(value) else np.zeros(0, np.int64)
+            return dim_zero_cat(value).cpu().numpy() if len(value) else np.zeros((0, *self.shapes[name][1]), np.int64)
 
-        ids, counts = all_of("ids"), all_of("counts")
-        boxes, scores, labels, lengths = (all_of(name) for name in ("boxes", "scores", "labels", "lengths"))
-        sizes = all_of("sizes").tolist()
-        codes = all_of("codes").tobytes() if self.kind == "segm" else b""
-        start = np.cumsum(counts) - counts
-        ends = np.cumsum(lengths)
-        items = []
-        seen, first = np.unique(ids, return_index=True)
-        for index, place in zip(seen, first, strict=True):
-            image_id = self.image_ids[index]
-            for row in range(start[place], start[place] + counts[place]):
-                item = {
-                    "image_id": image_id,
-                    "category_id": self.category_ids[labels[row]],
-                    "score": float(scores[row]),
-                }
-                if self.kind == "segm":
-                    code = codes[ends[row] - lengths[row] : ends[row]].decode()
-                    item["segmentation"] = {"size": sizes[place], "counts": code}
-                else:
-                    x0, y0, x1, y1 = (float(v) for v in boxes[row])
-                    item["bbox"] = [x0, y0, x1 - x0, y1 - y0]
-                items.append(item)
-        return items, [self.image_ids[index] for index in seen]
+        seen, first = np.unique(all_of("ids"), return_index=True)
+        starts = np.cumsum(counts := all_of("counts")) - counts
+        counts = counts[first]
+        rows = np.repeat(starts[first] - (np.cumsum(counts) - counts), counts) + np.arange(counts.sum())
+        shape: Any = all_of("boxes")[rows].astype(np.float64)
+        shape[:, 2:] -= shape[:, :2]
+        if self.kind == "segm":
+            lengths, codes = all_of("lengths"), all_of("codes").tobytes()
+            ends = np.cumsum(lengths)
+            sizes = np.repeat(all_of("sizes")[first], counts, axis=0).tolist()
+            places = zip((ends - lengths)[rows].tolist(), ends[rows].tolist(), sizes, strict=True)
+            shape = [{"size": size, "counts": codes[start:end].decode()} for start, end, size in places]
+        return np.repeat(seen, counts), all_of("labels")[rows], all_of("scores")[rows].astype(np.float64), shape, seen
+
+    def items(self, images: Array, labels: Array, scores: Array, shape: Any) -> list[dict[str, Any]]:
+        """What was found as items of a COCO results file."""
+        name = "segmentation" if self.kind == "segm" else "bbox"
+        shape = shape if self.kind == "segm" else shape.tolist()
+        return [
+            {"image_id": self.image_ids[i], "category_id": self.category_ids[label], "score": score, name: one}
+            for i, label, score, one in zip(images, labels, scores.tolist(), shape, strict=True)
+        ]
 
     def compute(self) -> dict[str, Tensor]:
         """Of all of the truth once every image was seen; before (a sanity check, limited batches) of what was seen."""
-        items, seen = self.items_seen()
+        images, *rows, seen = self.found()
         prefix = "mask_" if self.kind == "segm" else ""
         names = [f"AP/{name}" for name in self.class_names] if self.per_class else []
-        values = evaluate(
-            self.truth, items, self.kind, self.backend, None if len(seen) == len(self.image_ids) else seen
-        )
+        part = None if len(seen) == len(self.image_ids) else [self.image_ids[i] for i in seen]
+        if self.backend == "numpy":
+            tables = by_arrays(self.truth, [self.image_ids[i] for i in images], *rows, self.kind, part)
+            values = summary(*tables)
+        else:
+            values = evaluate(self.truth, self.items(images, *rows), self.kind, self.backend, part)
         named = dict(zip([*STATS, *names], values, strict=False))
         return {prefix + k: torch.tensor(v, device=self.device) for k, v in named.items()}
 
 
 def evaluate(
-    truth: dict[str, Any], items: list[dict[str, Any]], kind: str, backend: str, images: Sequence[int] | None = None
+    truth: dict[str, Any],
+    items: list[dict[str, Any]],
+    kind: str,
+    backend: str = "numpy",
+    images: Sequence[int] | None = None,
 ) -> list[float]:
-    """COCO's twelve numbers, then AP of each category in order."""
-    if backend == "faster":
-        from faster_coco_eval import COCO
-        from faster_coco_eval import COCOeval_faster as COCOeval
+    """COCO's twelve numbers, then AP of each category in order; of the `images` given (by id), or of all."""
+    if backend != "numpy" and items:  # the tools want one at least
+        return summary(*reference(truth, items, kind, backend, images))
+    order = {c["id"]: k for k, c in enumerate(truth["categories"])}
+    items = [item for item in items if item["category_id"] in order]
+    labels = np.array([order[item["category_id"]] for item in items], int)
+    scores = np.array([item["score"] for item in items], float)
+    shapes = [item["segmentation" if kind == "segm" else "bbox"] for item in items]
+    return summary(*by_arrays(truth, [item["image_id"] for item in items], labels, scores, shapes, kind, images))
+
+
+def summary(precision: Array, recall: Array) -> list[float]:
+    """COCO's twelve numbers, then AP of each category."""
+    AP = [precision[..., 0], precision[0, ..., 0], precision[5, ..., 0], *(precision[..., a] for a in (1, 2, 3))]
+    AR = [*(recall[:, :, 0, m] for m in (0, 1, 2)), *(recall[:, :, a, -1] for a in (1, 2, 3))]
+    each = [precision[:, :, category, 0] for category in range(precision.shape[2])]
+    return [mean_known(x) for x in (*AP, *AR, *each)]
+
+
+def by_arrays(
+    truth: dict[str, Any],
+    image_ids: Sequence[int],
+    labels: Array,
+    scores: Array,
+    shapes: Any,
+    kind: str,
+    images: Sequence[int] | None,
+) -> tuple[Array, Array]:
+    """As `precision_recall`, of N detections: their images' ids, their categories (positions in the truth's), their
+    scores, their boxes x, y, width, height `[N, 4]` or RLEs."""
+    sizes = {x["id"]: (x.get("height"), x.get("width")) for x in truth["images"]}
+    if unknown := set(image_ids) - sizes.keys():
+        raise ValueError(f"detections in {len(unknown)} images that the truth does not have, as {min(unknown)}")
+    numbers = {i: n for n, i in enumerate(sorted(sizes if images is None else set(images)))}
+    categories = {c["id"]: n for n, c in enumerate(truth["categories"])}
+    annotations, labelled = objects(truth["annotations"], numbers, categories)
+    rows = [n for n, i in enumerate(image_ids) if i in numbers]
+    if kind == "segm":
+        masks = [shapes[n] for n in rows]
+        area = np.array(rle.area(masks) if masks else [], float)
+
+        def similarity(found: Array, thing: Array) -> Array:
+            used = {g: annotations[g] for g in set(thing.tolist())}
+            outlines = {g: encoded(a["segmentation"], *sizes[a["image_id"]]) for g, a in used.items()}
+            return mask_iou(masks, outlines, labelled.crowd, found, thing)
     else:
-        from pycocotools.coco import COCO
-        from pycocotools.cocoeval import COCOeval
-    count = len(truth["categories"])
-    if not items and truth["annotations"]:  # the tools want one at least: this one matches nothing
-        first = truth["images"][0] if images is None else next(x for x in truth["images"] if x["id"] == images[0])
-        place: dict[str, Any] = {"bbox": [0.0, 0.0, 0.0, 0.0]}
-        if kind == "segm":
-            nothing = np.zeros((first["height"], first["width"]), np.uint8, order="F")
-            place = {"segmentation": rle.encode(nothing)}
-        items = [{"image_id": first["id"], "category_id": truth["categories"][0]["id"], "score": 0.0} | place]
-    if not items:
-        return [-1.0] * (12 + count)
-    with contextlib.redirect_stdout(io.StringIO()):  # both print tables and timings
-        ground = COCO()
-        ground.dataset = truth | {"annotations": [dict(a) for a in truth["annotations"]]}  # will be written to
-        ground.createIndex()
-        evaluator = COCOeval(ground, ground.loadRes([dict(item) for item in items]), kind)
-        if images is not None:
-            evaluator.params.imgIds = sorted(images)
-        for step in (evaluator.evaluate, evaluator.accumulate, evaluator.summarize):
-            step()
-    precision = np.asarray(evaluator.eval["precision"])[:, :, :, 0, -1]  # of all areas, 100 an image
-    order = {c: k for k, c in enumerate(evaluator.params.catIds)}
-    each = []
-    for category in truth["categories"]:
-        part = precision[:, :, order[category["id"]]]
-        each.append(float(part[part > -1].mean()) if (part > -1).any() else -1.0)
-    return [float(v) for v in evaluator.stats[:12]] + each
+        boxes = np.array(shapes, float).reshape(-1, 4)[rows]
+        area = boxes[:, 2] * boxes[:, 3]
+        true_boxes = np.array([a["bbox"] for a in annotations], float).reshape(-1, 4)
+
+        def similarity(found: Array, thing: Array) -> Array:
+            return box_iou(boxes[found], true_boxes[thing], labelled.crowd[thing])
+
+    place = np.array([numbers[image_ids[n]] for n in rows], int)
+    found = Found(place, labels[rows], area, scores[rows])
+    return precision_recall(labelled, found, similarity, len(categories))
+
+
+def encoded(segmentation: Any, height: int, width: int) -> dict[str, Any]:
+    """RLE of what COCO files hold: polygons, runs as numbers, or RLE."""
+    if isinstance(segmentation, list):
+        return rle.merge(rle.frPyObjects(segmentation, height, width))
+    return rle.frPyObjects(segmentation, height, width) if isinstance(segmentation["counts"], list) else segmentation
 
 
 def on_images(boxes: list[Tensor], batch: dict[str, Any]) -> list[Tensor]:
