@@ -11,7 +11,8 @@ from torch import Tensor
 from torchmetrics import Metric
 from torchmetrics.utilities import dim_zero_cat
 
-from datamodules.coco_eval import Found, box_iou, mask_iou, mean_known, objects, precision_recall, reference
+from datamodules.coco_eval import Found, mean_known, numbered, precision_recall, reference
+from datamodules.similarity import box_iou, mask_iou
 from datamodules.transforms import Array
 
 STATS = ("AP", "AP50", "AP75", "APS", "APM", "APL", "AR1", "AR10", "AR100", "ARS", "ARM", "ARL")
@@ -110,8 +111,8 @@ class BoxAP(Metric):
             return self.items(*self.found()[:4])
 
     def found(self) -> tuple[Array, Array, Array, Any, Array]:
-        """Of every detection its image and label (positions in `image_ids` and `category_ids`), its score, its box x, y,
-        width, height `[N, 4]` or RLE; then the images seen. Every image once, in order."""
+        """Of all detections image and label (positions in `image_ids` and `category_ids`), score, and box x, y, width,
+        height `[N, 4]` or RLE; then the images seen. Every image once, in order."""
 
         def all_of(name: str) -> Array:
             value = getattr(self, name)
@@ -142,15 +143,15 @@ class BoxAP(Metric):
 
     def compute(self) -> dict[str, Tensor]:
         """Of all of the truth once every image was seen; before (a sanity check, limited batches) of what was seen."""
-        images, *rows, seen = self.found()
+        images, labels, scores, shapes, seen = self.found()
         prefix = "mask_" if self.kind == "segm" else ""
         names = [f"AP/{name}" for name in self.class_names] if self.per_class else []
         part = None if len(seen) == len(self.image_ids) else [self.image_ids[i] for i in seen]
         if self.backend == "numpy":
-            tables = by_arrays(self.truth, [self.image_ids[i] for i in images], *rows, self.kind, part)
-            values = summary(*tables)
+            image_ids, category_ids = np.array(self.image_ids)[images], np.array(self.category_ids)[labels]
+            values = summary(*by_arrays(self.truth, image_ids, category_ids, scores, shapes, self.kind, part))
         else:
-            values = evaluate(self.truth, self.items(images, *rows), self.kind, self.backend, part)
+            values = evaluate(self.truth, self.items(images, labels, scores, shapes), self.kind, self.backend, part)
         named = dict(zip([*STATS, *names], values, strict=False))
         return {prefix + k: torch.tensor(v, device=self.device) for k, v in named.items()}
 
@@ -165,12 +166,9 @@ def evaluate(
     """COCO's twelve numbers, then AP of each category in order; of the `images` given (by id), or of all."""
     if backend != "numpy" and items:  # the tools want one at least
         return summary(*reference(truth, items, kind, backend, images))
-    order = {c["id"]: k for k, c in enumerate(truth["categories"])}
-    items = [item for item in items if item["category_id"] in order]
-    labels = np.array([order[item["category_id"]] for item in items], int)
-    scores = np.array([item["score"] for item in items], float)
+    ids, labels, scores = (np.array([x[key] for x in items]) for key in ("image_id", "category_id", "score"))
     shapes = [item["segmentation" if kind == "segm" else "bbox"] for item in items]
-    return summary(*by_arrays(truth, [item["image_id"] for item in items], labels, scores, shapes, kind, images))
+    return summary(*by_arrays(truth, ids, labels, scores, shapes, kind, images))
 
 
 def summary(precision: Array, recall: Array) -> list[float]:
@@ -183,41 +181,34 @@ def summary(precision: Array, recall: Array) -> list[float]:
 
 def by_arrays(
     truth: dict[str, Any],
-    image_ids: Sequence[int],
-    labels: Array,
+    image_ids: Array,
+    category_ids: Array,
     scores: Array,
     shapes: Any,
     kind: str,
     images: Sequence[int] | None,
 ) -> tuple[Array, Array]:
-    """As `precision_recall`, of N detections: their images' ids, their categories (positions in the truth's), their
-    scores, their boxes x, y, width, height `[N, 4]` or RLEs."""
-    sizes = {x["id"]: (x.get("height"), x.get("width")) for x in truth["images"]}
-    if unknown := set(image_ids) - sizes.keys():
-        raise ValueError(f"detections in {len(unknown)} images that the truth does not have, as {min(unknown)}")
-    numbers = {i: n for n, i in enumerate(sorted(sizes if images is None else set(images)))}
-    categories = {c["id"]: n for n, c in enumerate(truth["categories"])}
-    annotations, labelled = objects(truth["annotations"], numbers, categories)
-    rows = [n for n, i in enumerate(image_ids) if i in numbers]
+    """As `precision_recall`, of N detections: ids and scores `[N]`, and boxes x, y, width, height `[N, 4]` or RLEs."""
     if kind == "segm":
-        masks = [shapes[n] for n in rows]
-        area = np.array(rle.area(masks) if masks else [], float)
-
-        def similarity(found: Array, thing: Array) -> Array:
-            used = {g: annotations[g] for g in set(thing.tolist())}
-            outlines = {g: encoded(a["segmentation"], *sizes[a["image_id"]]) for g, a in used.items()}
-            return mask_iou(masks, outlines, labelled.crowd, found, thing)
+        area = np.array([rle.area(code) for code in shapes], float)  # rle.area takes 255 at most
     else:
-        boxes = np.array(shapes, float).reshape(-1, 4)[rows]
+        boxes = np.array(shapes, float).reshape(-1, 4)
         area = boxes[:, 2] * boxes[:, 3]
+    annotations, objects, found, rows = numbered(truth, Found(image_ids, category_ids, area, scores), images)
+    if kind == "segm":
+        sizes = {x["id"]: (x["height"], x["width"]) for x in truth["images"]}
+
+        def similarity(detection: Array, thing: Array) -> Array:
+            used = {i: annotations[i] for i in set(thing.tolist())}
+            outlines = {i: encoded(a["segmentation"], *sizes[a["image_id"]]) for i, a in used.items()}
+            return mask_iou([shapes[row] for row in rows], outlines, objects.crowd, detection, thing)
+    else:
         true_boxes = np.array([a["bbox"] for a in annotations], float).reshape(-1, 4)
 
-        def similarity(found: Array, thing: Array) -> Array:
-            return box_iou(boxes[found], true_boxes[thing], labelled.crowd[thing])
+        def similarity(detection: Array, thing: Array) -> Array:
+            return box_iou(boxes[rows[detection]], true_boxes[thing], objects.crowd[thing])
 
-    place = np.array([numbers[image_ids[n]] for n in rows], int)
-    found = Found(place, labels[rows], area, scores[rows])
-    return precision_recall(labelled, found, similarity, len(categories))
+    return precision_recall(objects, found, similarity, len(truth["categories"]))
 
 
 def encoded(segmentation: Any, height: int, width: int) -> dict[str, Any]:

@@ -12,7 +12,6 @@ from itertools import pairwise
 from typing import Any
 
 import numpy as np
-from pycocotools import mask as rle
 
 from datamodules.transforms import Array
 
@@ -50,15 +49,35 @@ class Found:
     score: Array
 
 
-def objects(
-    annotations: list[dict[str, Any]], images: dict[Any, int], categories: dict[Any, int]
-) -> tuple[list[dict[str, Any]], Truth]:
-    """Those of a COCO file's annotations that are in the images and categories given (by id, with their numbers)."""
-    kept = [a for a in annotations if a["image_id"] in images and a["category_id"] in categories]
+def numbered(
+    truth: dict[str, Any], found: Found, images: Sequence[Any] | None = None
+) -> tuple[list[dict[str, Any]], Truth, Found, Array]:
+    """What counts of the content of a COCO file and of detections, of which image and category are given by id.
+
+    Args:
+        images: ids, where not all of the truth's count.
+
+    Returns:
+        the annotations that count, as they are and as arrays; the detections that count; the rows that they had.
+        Categories are numbered in the truth's order.
+
+    Raises:
+        ValueError: detections in images that the truth does not have.
+    """
+    known = {x["id"] for x in truth["images"]}
+    if unknown := set(np.unique(found.image).tolist()) - known:
+        raise ValueError(f"detections in {len(unknown)} images that the truth does not have, as {min(unknown)}")
+    image_numbers = {i: n for n, i in enumerate(sorted(known if images is None else set(images)))}
+    category_numbers = {c["id"]: n for n, c in enumerate(truth["categories"])}
+    kept = [a for a in truth["annotations"] if a["image_id"] in image_numbers and a["category_id"] in category_numbers]
     crowd = np.array([bool(a.get("iscrowd")) for a in kept], bool)
-    image = np.array([images[a["image_id"]] for a in kept], int)
-    category = np.array([categories[a["category_id"]] for a in kept], int)
-    return kept, Truth(image, category, np.array([a["area"] for a in kept], float), crowd, crowd)
+    image = np.array([image_numbers[a["image_id"]] for a in kept], int)
+    category = np.array([category_numbers[a["category_id"]] for a in kept], int)
+    objects = Truth(image, category, np.array([a["area"] for a in kept], float), crowd, crowd)
+    image = np.array([image_numbers.get(i, -1) for i in found.image.tolist()], int)
+    category = np.array([category_numbers.get(i, -1) for i in found.category.tolist()], int)
+    rows = np.flatnonzero((image >= 0) & (category >= 0))
+    return kept, objects, Found(image[rows], category[rows], found.area[rows], found.score[rows]), rows
 
 
 def precision_recall(
@@ -180,52 +199,6 @@ def rank_in(*keys: Array) -> Array:
     place = np.arange(len(keys[0]))
     new = np.any([np.diff(key, prepend=-1) != 0 for key in keys], axis=0)
     return place - np.maximum.accumulate(np.where(new, place, 0))
-
-
-def box_iou(a: Array, b: Array, crowd: Array) -> Array:
-    """IoU of boxes x, y, width, height, `[N, 4]` each -> `[N]`; of `a` and a crowd `b` the part of `a` in it."""
-    a, b = a.T, b.T
-    size = np.minimum(a[:2] + a[2:], b[:2] + b[2:]) - np.maximum(a[:2], b[:2])
-    both = np.where((size > 0).all(0), size[0] * size[1], 0)
-    area = a[2] * a[3]
-    return both / np.where(both > 0, np.where(crowd, area, area + b[2] * b[3] - both), 1)
-
-
-def mask_iou(a: Any, b: Any, crowd: Array, detection: Array, thing: Array) -> Array:
-    """As `box_iou`, of RLEs `a` and `b`, by number; `detection` and `thing` are the pairs of `precision_recall`."""
-    value = np.zeros(len(detection))
-    first = np.flatnonzero(np.diff(detection, prepend=-1))
-    block = first[np.flatnonzero(np.diff(thing[first], prepend=-1))]  # where an image and category begins
-    for start, end in pairwise([*block, len(value)]):
-        things = thing[start:end][detection[start:end] == detection[start]]
-        masks = [a[i] for i in detection[start : end : len(things)]]
-        value[start:end] = rle.iou(masks, [b[i] for i in things], crowd[things].astype(np.uint8)).ravel()
-    return value
-
-
-def keypoint_similarity(
-    a: Array, b: Array, boxes: Array, area: Array, sigmas: Array, detection: Array, thing: Array
-) -> Array:
-    """OKS of poses `a` `[N, K, 2]` and labels `b` `[M, K, 3]` for pairs of them, int `[P]` each -> `[P]`. Of an object
-    without labelled keypoints those count as right that lie in its box made three times as wide and high."""
-    value = np.zeros(len(detection))
-    order = np.argsort(b[..., 2] <= 0, axis=1, kind="stable")  # what is labelled comes first
-    count = (b[..., 2] > 0).sum(1)
-    for k in np.unique(count[thing]):
-        rows = np.flatnonzero(count[thing] == k)
-        for part in np.array_split(rows, 1 + len(rows) // 16384):  # which fits the cache
-            d, g = detection[part], thing[part]
-            which = order[g, : k or None]
-            pose = a[d[:, None], which]
-            if k:
-                offset = pose - b[g[:, None], which, :2]
-            else:
-                low, size = boxes[g, None, :2], boxes[g, None, 2:]
-                offset = np.maximum(0, low - size - pose) + np.maximum(0, pose - (low + size * 2))
-            error = offset[..., 0] ** 2 + offset[..., 1] ** 2
-            error = error / ((sigmas * 2) ** 2)[which] / (area[g, None] + np.spacing(1)) / 2
-            value[part] = np.exp(-error).sum(1) / error.shape[1]
-    return value
 
 
 def reference(

@@ -10,11 +10,8 @@ input pixels to pixels of the original image.
 
 from __future__ import annotations
 
-import contextlib
-import io
 import json
 import math
-from collections import defaultdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -25,6 +22,9 @@ from torch import Tensor
 from torchmetrics import Metric
 from torchmetrics.utilities import dim_zero_cat
 
+from datamodules.coco_eval import AREAS, Found, mean_known, numbered, precision_recall, reference
+from datamodules.similarity import keypoint_similarity, oks_nms, soft_oks_nms
+
 if TYPE_CHECKING:
     from datamodules.base import Instance
 
@@ -33,46 +33,6 @@ PCKH_GROUPS = {
     "Hip": (2, 3), "Knee": (1, 4), "Ankle": (0, 5),
 }  # fmt: skip
 COCO_STATS = ("AP", "AP50", "AP75", "APM", "APL", "AR", "AR50", "AR75", "ARM", "ARL")
-
-
-def oks(a: Array, b: Array, area: Array, sigmas: Array) -> Array:
-    """Object keypoint similarity, in [0, 1], of broadcast poses `a`, `b` [..., K, 2] -> [...].
-    `area` [...]: square pixels (of two detections the mean, as official); `sigmas` [K] as COCO
-    lists them. All K keypoints count: the official visibility threshold is never switched on (and
-    if it were, would look at only one of the two poses)."""
-    error = ((a - b) ** 2).sum(-1) / (2 * sigmas) ** 2 / (area[..., None] + np.spacing(1)) / 2
-    return np.exp(-error).mean(-1)
-
-
-def oks_nms(
-    keypoints: Array, scores: Array, areas: Array, sigmas: Array, threshold: float = 0.9
-) -> Array:  # fmt: skip
-    """Greedy suppression among the poses of one image: indices kept, best score first.
-    keypoints [N, K, 2], scores [N], areas [N] (padded box, square pixels), sigmas [K]. A pose goes
-    if its OKS with a better one is above `threshold`; of equal scores the first is the better
-    (official lib/nms/nms.py leaves that open)."""
-    left, keep = np.argsort(-scores, kind="stable"), []
-    while left.size:
-        best, left = left[0], left[1:]
-        keep.append(best)
-        area = (areas[best] + areas[left]) / 2
-        left = left[oks(keypoints[best], keypoints[left], area, sigmas) <= threshold]
-    return np.array(keep, dtype=int)
-
-
-def soft_oks_nms(
-    keypoints: Array, scores: Array, areas: Array, sigmas: Array,
-    threshold: float = 0.9, max_detections: int = 20,
-) -> Array:  # fmt: skip
-    """As `oks_nms`, but near poses stay and lose score (times exp(-OKS^2 / threshold)). As in the
-    official code this only decides which `max_detections` are kept: the caller's scores stay."""
-    left, scores, keep = np.arange(len(scores)), scores.astype(float), np.empty(0, dtype=int)
-    while left.size and keep.size < max_detections:
-        best = left[scores[left].argmax()]
-        keep, left = np.append(keep, best), left[left != best]
-        overlap = oks(keypoints[best], keypoints[left], (areas[best] + areas[left]) / 2, sigmas)
-        scores[left] *= np.exp(-(overlap**2) / threshold)
-    return keep
 
 
 class _Samples(Metric):
@@ -144,16 +104,17 @@ class KeypointAP(_Samples):
     sigmas: one per keypoint, for any K, or ValueError is raised (COCO's own: .025 to .107).
     nms: "oks", "soft" or None, among the poses of one image and category.
     score_threshold: the box score is multiplied by the mean of the keypoint scores above it (or 0).
-    backend: "pycocotools", or "faster" for faster-coco-eval: the same digits, somewhat sooner.
+    backend: "numpy" for `coco_eval.py`; or, to compare, "pycocotools", or "faster" for
+        faster-coco-eval: the same digits, later.
     """
 
     def __init__(
         self, instances: list[Instance], ground_truth: dict[str, Any] | str | None,
         sigmas: list[float], nms: str | None = "oks", nms_threshold: float = 0.9,
-        score_threshold: float = 0.2, backend: str = "pycocotools", **kwargs: Any,
+        score_threshold: float = 0.2, backend: str = "numpy", **kwargs: Any,
     ):  # fmt: skip
         super().__init__(instances, len(sigmas), **kwargs)
-        if nms not in ("oks", "soft", None) or backend not in ("pycocotools", "faster"):
+        if nms not in ("oks", "soft", None) or backend not in ("numpy", "pycocotools", "faster"):
             raise ValueError(f"unknown nms {nms!r} or backend {backend!r}")
         if isinstance(ground_truth, str | Path):
             ground_truth = dict(json.loads(Path(ground_truth).read_text()))
@@ -165,54 +126,72 @@ class KeypointAP(_Samples):
         """Items of a COCO results file, plain numbers: image_id, category_id, score, keypoints (x,
         y in image pixels, the heatmap's score, K times over). To be called by all processes."""
         with self.sync_context(dist_sync_fn=self.dist_sync_fn):
-            return self._results(*self._seen())
+            return self._items(*self._found()[:4])
 
-    def _results(self, instances: list[Instance], *seen: Array) -> list[dict[str, Any]]:
-        keypoints, scores, areas = seen
+    def _found(self) -> tuple[Array, Array, Array, Array, list[Instance]]:
+        """Image ids, category ids, scores [N] and keypoints [N, K, 3] of what is left after
+        suppression, sorted by image and category; and the instances seen."""
+        instances, keypoints, scores, areas = self._seen()
         valid = scores > self.score_threshold
         score = (scores * valid).sum(1) / np.maximum(valid.sum(1), 1) * [i.score for i in instances]
-        triples = np.concatenate([keypoints, scores[..., None]], -1)
-        groups = defaultdict(list)
-        for row, i in enumerate(instances):
-            groups[int(i.image_id), int(i.category_id)].append(row)
-        items = []
-        for (image_id, category_id), members in sorted(groups.items()):
-            rows = np.array(members)
-            if self.nms is not None:
-                suppress = oks_nms if self.nms == "oks" else soft_oks_nms
+        images = np.array([int(i.image_id) for i in instances], int)
+        categories = np.array([int(i.category_id) for i in instances], int)
+        rows = np.lexsort((categories, images))
+        if len(rows) and self.nms is not None:
+            place = [images[rows], categories[rows]]
+            new = np.any([np.diff(x, prepend=x[0]) != 0 for x in place], axis=0)
+            if self.nms == "oks":
                 pose = keypoints[rows], score[rows], areas[rows]
-                rows = rows[suppress(*pose, self.sigmas, self.nms_threshold)]
-            for row in rows:
-                new = {"keypoints": triples[row].ravel().tolist(), "score": float(score[row])}
-                items.append({"image_id": image_id, "category_id": category_id} | new)
-        return items
+                rows = rows[oks_nms(*pose, self.sigmas, self.nms_threshold, np.cumsum(new))]
+            else:
+                kept = []
+                for part in np.split(rows, np.flatnonzero(new)):
+                    pose = keypoints[part], score[part], areas[part]
+                    kept.append(part[soft_oks_nms(*pose, self.sigmas, self.nms_threshold)])
+                rows = np.concatenate(kept)
+        triples = np.concatenate([keypoints, scores[..., None]], -1)[rows]
+        return images[rows], categories[rows], score[rows], triples, instances
+
+    def _items(self, *found: Array) -> list[dict[str, Any]]:
+        images, categories, scores, keypoints = found
+        columns = images, categories, scores, keypoints.reshape(len(images), 3 * self.num_keypoints)
+        names = "image_id", "category_id", "score", "keypoints"
+        return [dict(zip(names, row, strict=True)) for row in zip(*(c.tolist() for c in columns), strict=True)]
 
     def compute(self) -> dict[str, Tensor]:
         """AP, AP50, AP75, APM, APL, AR, AR50, AR75, ARM, ARL in [0, 1]; M: objects of 32^2 to 96^2
         square pixels, L: above. -1: no such object in the ground truth. All 0: no prediction.
         Once every instance was seen, all images of the ground truth count, also those without a
         box; before (a sanity check, limited batches) only the images seen."""
-        seen = self._seen()
-        if not (results := self._results(*seen)):
+        *found, seen = self._found()
+        if not len(found[0]):
             return self._report(dict.fromkeys(COCO_STATS, 0.0))
-        if self.backend == "faster":
-            from faster_coco_eval import COCO
-            from faster_coco_eval import COCOeval_faster as COCOeval
+        images = sorted({i.image_id for i in seen}) if len(seen) < len(self.instances) else None
+        if self.backend == "numpy":
+            precision, recall = self._tables(*found, images=images)
         else:
-            from pycocotools.coco import COCO
-            from pycocotools.cocoeval import COCOeval
-        with contextlib.redirect_stdout(io.StringIO()):  # both print tables and timings
-            truth = COCO()
-            annotations = [dict(a) for a in self.ground_truth["annotations"]]  # will be written to
-            truth.dataset = self.ground_truth | {"annotations": annotations}
-            truth.createIndex()
-            evaluator = COCOeval(truth, truth.loadRes(results), "keypoints")
-            evaluator.params.kpt_oks_sigmas = self.sigmas
-            if len(seen[0]) < len(self.instances):
-                evaluator.params.imgIds = sorted({i.image_id for i in seen[0]})
-            for step in (evaluator.evaluate, evaluator.accumulate, evaluator.summarize):
-                step()
-        return self._report(dict(zip(COCO_STATS, evaluator.stats[:10], strict=True)))
+            items = self._items(*found)
+            precision, recall = reference(self.ground_truth, items, "keypoints", self.backend, images, self.sigmas)
+        AP = precision[..., 0], precision[0, ..., 0], precision[5, ..., 0], precision[..., 1], precision[..., 2]
+        AR = recall[:, :, 0], recall[0, :, 0], recall[5, :, 0], recall[:, :, 1], recall[:, :, 2]
+        values = [mean_known(x) for x in (*AP, *AR)]
+        return self._report(dict(zip(COCO_STATS, values, strict=True)))
+
+    def _tables(self, *found: Array, images: list[int] | None) -> tuple[Array, Array]:
+        image_ids, category_ids, scores, keypoints = found
+        area = np.ptp(keypoints[..., :2], axis=1).prod(-1)
+        every = Found(image_ids, category_ids, area, scores)
+        annotations, truth, poses, rows = numbered(self.ground_truth, every, images)
+        truth.ignore = truth.crowd | (np.array([a["num_keypoints"] for a in annotations], int) == 0)
+        labels = np.array([a["keypoints"] for a in annotations], float).reshape(-1, self.num_keypoints, 3)
+        boxes = np.array([a["bbox"] for a in annotations], float).reshape(-1, 4)
+
+        def similarity(detection: Array, thing: Array) -> Array:
+            pairs = rows[detection], thing
+            return keypoint_similarity(keypoints[..., :2], labels, boxes, truth.area, self.sigmas, *pairs)
+
+        areas = [AREAS[name] for name in ("all", "medium", "large")]
+        return precision_recall(truth, poses, similarity, len(self.ground_truth["categories"]), areas, (20,))
 
 
 def _from_instances(instances: list[Instance]) -> dict[str, Any]:
@@ -234,10 +213,11 @@ def _complete(ground_truth: dict[str, Any], num_keypoints: int) -> dict[str, Any
         if len(points) != 3 * num_keypoints:
             what = f"{len(points) // 3} keypoints, but {num_keypoints} sigmas"
             raise ValueError(f"annotation {old.get('id')}: {what}")
-        labelled = np.array([p for p in zip(*[iter(points)] * 3, strict=True) if p[2] > 0])
-        low_high = labelled[:, :2] if len(labelled) else np.zeros((1, 2))
-        box = [*low_high.min(0).tolist(), *np.ptp(low_high, axis=0).tolist()]
-        gaps = {"keypoints": points, "num_keypoints": len(labelled), "bbox": box, "iscrowd": 0}
+        gaps = {"keypoints": points, "num_keypoints": sum(v > 0 for v in points[2::3]), "iscrowd": 0}
+        if "bbox" not in new:
+            labelled = np.reshape(points, (-1, 3))[np.array(points[2::3]) > 0, :2]
+            low, high = (labelled.min(0), labelled.max(0)) if len(labelled) else np.zeros((2, 2))
+            gaps["bbox"] = [*low.tolist(), *(high - low).tolist()]
         new = gaps | new | {"id": len(annotations) + 1}  # COCOeval reads id 0 as "not matched"
         annotations.append({"area": 0.53 * new["bbox"][2] * new["bbox"][3]} | new)
     categories = [{"id": c} for c in sorted({a["category_id"] for a in annotations})]

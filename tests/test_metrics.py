@@ -22,10 +22,8 @@ from datamodules.metrics import (
     KeypointAP,
     KeypointError,
     PCKh,
-    oks,
-    oks_nms,
-    soft_oks_nms,
 )
+from datamodules.similarity import oks, oks_nms, soft_oks_nms
 
 SIGMAS = np.array([26, 25, 25, 35, 35, 79, 79, 72, 72, 62, 62, 107, 107, 87, 87, 89, 89]) / 1000
 SIZE = (32, 24)  # height, width of the input
@@ -172,6 +170,13 @@ def test_suppression_is_that_of_plain_loops(seed):
         assert soft_oks_nms(*arguments).tolist() == loop_soft(*arguments, 20)
         assert soft_oks_nms(*arguments, max_detections=5).tolist() == loop_soft(*arguments, 5)
     assert 1 < len(oks_nms(*arguments)) < n  # both cases occur
+    groups = np.arange(n) // 10 * 3  # several images at once
+    each = [
+        10 * g + loop_np
+        for g in range(3)
+        for loop_np in loop_nms(*(x[10 * g : 10 * g + 10] for x in arguments[:3]), sigmas, 0.3)
+    ]
+    assert oks_nms(*arguments, groups).tolist() == each
 
 
 def test_suppression_of_nothing_and_of_equals():
@@ -220,7 +225,7 @@ def independent(truth, results, folder, sigmas, images=None):
     return evaluator.stats
 
 
-@pytest.mark.parametrize("backend", ["pycocotools", "faster"])
+@pytest.mark.parametrize("backend", ["numpy", "pycocotools", "faster"])
 @pytest.mark.parametrize(
     ("k", "categories", "nms"),
     [(17, 1, "oks"), (4, 3, "soft"), (17, 2, None)],
