@@ -76,7 +76,7 @@ class BoxData(DataModule):
         masks: bool = False,
         empty: bool = False,
         per_class: bool = False,
-        backend: str = "faster",
+        backend: str = "numpy",
         batch_size: int = 2,
         eval_batch_size: int | None = 1,
         **kwargs: Any,
@@ -87,8 +87,8 @@ class BoxData(DataModule):
                 f"shorter and longer are sides of images in pixels, at least 32 and in this order, got {shorter} and "
                 f"{longer}"
             )
-        if backend not in ("faster", "pycocotools"):
-            raise DataError(f"backend is faster or pycocotools, got {backend!r}")
+        if backend not in ("numpy", "faster", "pycocotools"):
+            raise DataError(f"backend is numpy, faster or pycocotools, got {backend!r}")
         self.class_names, self.num_classes = list(class_names), len(class_names)
         self.category_ids = list(category_ids) if category_ids else list(range(1, self.num_classes + 1))
         self.shorter, self.longer, self.augmentation, self.masks = shorter, longer, augmentation, masks
