@@ -114,7 +114,7 @@ def pair_counts(truth: Tensor, guess: Tensor, number: int) -> Tensor:
 
 def byte_pair_counts(truth: Array, guess: Array, size: int) -> Array:
     """The same of one image, uint8 `[H, W]`, of classes below `size`."""
-    # A count that was just written has to be waited for. So neighbours, which are mostly alike, are counted apart.
+    # A count just written has to be waited for. So neighbours, which are mostly alike, are counted apart.
     lanes = 256 // size
     guess = guess + (np.arange(guess.shape[1]) % lanes * size).astype(np.uint8)
     counts = np.zeros(size * 256, np.int32)
@@ -131,7 +131,7 @@ def at_edge(label: Tensor, width: int, number: int) -> Tensor:
     label = label.clone()
     inner = label[:, width:-width, width:-width]
     if inner.numel():
-        # Chosen for the CPU, where torch is ten times as slow to multiply bytes, or to compare them with a plain number.
+        # On the CPU torch is slow to multiply bytes and to compare them with a plain number: hence these forms.
         none = (label == torch.full_like(label, number)).to(label.dtype)
         low, high = number - label, (label + 1) & (none - 1)  # both 0 for what is no class
         same = (greatest(low, width) == number - inner) & (greatest(high, width) == inner + 1)
@@ -140,7 +140,7 @@ def at_edge(label: Tensor, width: int, number: int) -> Tensor:
 
 
 def greatest(x: Tensor, width: int) -> Tensor:
-    """The maximum within `width`, by windows that double; where they lie in the image, `[B, H - 2 width, W - 2 width]`."""
+    """The maximum within `width`, by windows that double; of where they fit, `[B, H - 2 width, W - 2 width]`."""
     for axis in (1, 2):
         size, whole = 1, 2 * width + 1
         while size < whole:

@@ -76,12 +76,18 @@ def oks_nms(
     several: indices then come image by image."""
     groups = np.zeros(len(scores), int) if groups is None else groups
     left, keep = np.lexsort((-scores, groups)), [np.zeros(0, int)]
+    number = len(sigmas)
+    few = min(number, number - int(number * threshold) + 2)  # so many far ones, and the OKS is below the threshold
+    some = np.ascontiguousarray(keypoints[:, :few])
     while left.size:  # one pose of every image a time
         best = np.diff(groups[left], prepend=-1) != 0
         keep.append(left[best])
         above, left = left[best][np.cumsum(best) - 1][~best], left[~best]
-        overlap = oks(keypoints[above], keypoints[left], (areas[above] + areas[left]) / 2, sigmas)
-        left = left[overlap <= threshold]
+        area = (areas[above] + areas[left]) / 2
+        at_most = (oks(some[above], some[left], area, sigmas[:few]) * few + number - few) / number
+        near = np.flatnonzero(~(at_most <= threshold - 1e-6))
+        overlap = oks(keypoints[above[near]], keypoints[left[near]], area[near], sigmas)
+        left = np.delete(left, near[~(overlap <= threshold)])
     kept = np.concatenate(keep)
     return kept[np.argsort(groups[kept], kind="stable")]
 

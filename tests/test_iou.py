@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torchmetrics.classification import MulticlassConfusionMatrix, MulticlassJaccardIndex
 
-from datamodules.iou import MeanIoU
+from datamodules.iou import MeanIoU, at_edge, pair_counts
 
 NAMES = ["sky", "road", "car", "person"]
 
@@ -117,6 +117,64 @@ def test_hand_made():
     assert found["pixel_accuracy"] == pytest.approx(7 / 9)
     assert found["mean_accuracy"] == pytest.approx(7 / 9)
     assert next(iter(found)) == "mIoU"  # what checkpoints go by
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    st.integers(0, 1000),
+    st.sampled_from([1, 2, 19, 60, 127, 128, 150, 254, 255, 300]),
+    st.sampled_from([(1, 1), (5, 40), (33, 27)]),
+    st.sampled_from([0.02, 0.1, 0.6]),
+)
+def test_any_number_of_classes_and_any_size(seed, classes, size, share):
+    """All that is counted, pixel by pixel; in bytes, and where those do not suffice."""
+    rng = np.random.default_rng(seed)
+    truth = cv2.resize(rng.integers(0, classes, (3, 4)).astype(np.int32), size[::-1], interpolation=cv2.INTER_NEAREST)
+    truth[rng.random(size) < 0.2] = 255  # a class of that number does not exist
+    guess = np.where(rng.random(size) < 0.7, np.where(truth == 255, 0, truth), rng.integers(0, classes, size))
+    metric = MeanIoU([str(c) for c in range(classes)], share)
+    metric.update({"label": torch.tensor(guess)[None]}, {"mask": torch.tensor(truth)[None], "id": torch.tensor([0])})
+    counts, edges = np.zeros((classes, classes)), np.zeros((3, classes))
+    width = max(1, round(share * math.hypot(*size)))
+    for y, x in np.argwhere(truth != 255):
+        a, b = truth[y, x], guess[y, x]
+        counts[a, b] += 1
+        inside = y >= width <= x and y + width < size[0] and x + width < size[1]
+        window = slice(max(0, y - width), y + width + 1), slice(max(0, x - width), x + width + 1)
+        at_truth = not (inside and np.isin(truth[window], [a, 255]).all())
+        at_guess = not (inside and (guess[window] == b).all())
+        edges[0, a] += at_truth and at_guess and a == b
+        edges[1, a] += at_truth
+        edges[2, b] += at_guess
+    assert metric.counts[0].dtype == metric.edges[0].dtype == torch.int32
+    np.testing.assert_array_equal(metric.counts[0][0], counts)
+    np.testing.assert_array_equal(metric.edges[0][0], edges)
+
+
+@pytest.mark.parametrize("classes", [4, 100])
+def test_counts_of_bytes_are_those_of_other_numbers(classes):
+    truth, guess = (torch.randint(0, classes + 1, (3, 20, 37), dtype=torch.uint8) for _ in range(2))
+    assert pair_counts(truth, guess, classes).equal(pair_counts(truth.int(), guess.int(), classes))
+    for width in (1, 5, 11):
+        found = at_edge(truth, width, classes)
+        assert found.dtype == torch.uint8
+        assert found.int().equal(at_edge(truth.int(), width, classes))
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_update_does_not_wait_for_the_gpu():
+    truth, guess = make_blobs()
+    expected = fill(MeanIoU(NAMES), truth, guess, size=4)
+    metric = MeanIoU(NAMES).cuda()
+    batch = {"mask": truth.cuda(), "id": torch.arange(4).cuda()}
+    prediction = {"label": guess.cuda()}
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        metric.update(prediction, batch)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert metric.counts[0].cpu().equal(torch.cat(expected.counts))
+    assert metric.edges[0].cpu().equal(torch.cat(expected.edges))
 
 
 def test_absent_class_is_no_part_of_the_mean_but_a_wrong_guess_is():
