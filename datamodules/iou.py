@@ -44,7 +44,7 @@ class MeanIoU(Metric):
         """`prediction["label"]` and `batch["mask"]` `[B, H, W]`, 255 in the latter does not count; `id` `[B]`."""
         guess, truth, number = prediction["label"], batch["mask"], len(self.class_names)
         if number <= IGNORE:  # bytes are much faster, and hold all classes and one number for "ignored"
-            guess, truth = guess.to(torch.uint8), truth.clamp(max=number).to(torch.uint8)
+            guess, truth = guess.to(torch.uint8), truth.to(torch.uint8)
         else:
             guess, truth = guess.int(), truth.int().where(truth != IGNORE, number)
         self.ids.append(batch["id"])
@@ -52,6 +52,7 @@ class MeanIoU(Metric):
         if self.boundary:
             diagonal = (truth.shape[-2] ** 2 + truth.shape[-1] ** 2) ** 0.5
             width = max(1, round(self.boundary * diagonal))
+            truth = truth.clamp(max=number)
             ignored = -(truth == torch.full_like(truth, number)).to(guess.dtype) & number
             edges = at_edge(truth, width, number), torch.maximum(at_edge(guess, width, number), ignored)
             pairs = pair_counts(*edges, number)
@@ -101,13 +102,13 @@ class MeanIoU(Metric):
 
 def pair_counts(truth: Tensor, guess: Tensor, number: int) -> Tensor:
     """How often each class was taken for each, int32 `[B, number + 1, number + 1]`, of classes `[B, H, W]` from 0 to
-    `number`; without asking the host for anything."""
+    `number`; without asking the host for anything. A higher `truth` counts nowhere, or as `number`."""
     size = number + 1
     if truth.device.type == "cpu" and truth.dtype == torch.uint8:
         pairs = zip(truth.numpy(), guess.numpy(), strict=True)
         return torch.from_numpy(np.stack([byte_pair_counts(*pair, size) for pair in pairs]))
     offset = torch.arange(len(truth), device=truth.device)[:, None, None] * size**2
-    code = (truth.long() * size + guess + offset).flatten()
+    code = (truth.clamp(max=number).long() * size + guess + offset).flatten()
     counts = torch.zeros(len(truth) * size**2, dtype=torch.int32, device=truth.device)
     return counts.scatter_add_(0, code, torch.ones_like(code, dtype=torch.int32)).view(-1, size, size)
 
