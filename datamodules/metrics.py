@@ -149,7 +149,7 @@ class KeypointAP(_Samples):
                     pose = keypoints[part], score[part], areas[part]
                     kept.append(part[soft_oks_nms(*pose, self.sigmas, self.nms_threshold)])
                 rows = np.concatenate(kept)
-        triples = np.concatenate([keypoints, scores[..., None]], -1)[rows]
+        triples = np.concatenate([keypoints[rows], scores[rows][..., None]], -1)
         return images[rows], categories[rows], score[rows], triples, instances
 
     def _items(self, *found: Array) -> list[dict[str, Any]]:
@@ -179,19 +179,20 @@ class KeypointAP(_Samples):
 
     def _tables(self, *found: Array, images: list[int] | None) -> tuple[Array, Array]:
         image_ids, category_ids, scores, keypoints = found
-        area = np.ptp(keypoints[..., :2], axis=1).prod(-1)
+        poses = np.ascontiguousarray(keypoints[..., :2])
+        area = np.ptp(poses[..., 0], axis=1) * np.ptp(poses[..., 1], axis=1)
         every = Found(image_ids, category_ids, area, scores)
-        annotations, truth, poses, rows = numbered(self.ground_truth, every, images)
+        annotations, truth, counted, rows = numbered(self.ground_truth, every, images)
         truth.ignore = truth.crowd | (np.array([a["num_keypoints"] for a in annotations], int) == 0)
         labels = np.array([a["keypoints"] for a in annotations], float).reshape(-1, self.num_keypoints, 3)
         boxes = np.array([a["bbox"] for a in annotations], float).reshape(-1, 4)
 
         def similarity(detection: Array, thing: Array) -> Array:
             pairs = rows[detection], thing
-            return keypoint_similarity(keypoints[..., :2], labels, boxes, truth.area, self.sigmas, *pairs)
+            return keypoint_similarity(poses, labels, boxes, truth.area, self.sigmas, *pairs)
 
         areas = [AREAS[name] for name in ("all", "medium", "large")]
-        return precision_recall(truth, poses, similarity, len(self.ground_truth["categories"]), areas, (20,))
+        return precision_recall(truth, counted, similarity, len(self.ground_truth["categories"]), areas, (20,))
 
 
 def _from_instances(instances: list[Instance]) -> dict[str, Any]:
