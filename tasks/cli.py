@@ -61,11 +61,8 @@ class CLI(LightningCLI):
         return super()._prepare_subcommand_parser(klass, subcommand, **kwargs)
 
     def add_arguments_to_parser(self, parser: Any) -> None:
-        ways: Any = Literal["no", "merged", "compiled"]
-        text = "run the network with its layers merged, or by torch.compile, which takes its time for each size"
-        if self.preparing == "fit":
-            ways = Literal["no", "compiled", "parallel"]
-            text = "for GPUs: residual blocks by torch.compile, or branches side by side"
+        ways: Any = Literal["no", "merged", "compiled", "parallel"]
+        text = "merged layers (not to fit), torch.compile, or branches side by side on a GPU (merged ones always are)"
         parser.add_argument("--fast", type=ways, default="no", help=text)
         if self.preparing == "predict":  # pictures know nothing of keypoints: the checkpoint does
             for name in self.model_class.protocol:
@@ -197,6 +194,8 @@ class CLI(LightningCLI):
         for name, value in whole_numbers(sys.argv[1:]).items():  # the parser has made 1.0 of 1: all instead of one
             config[name] = value
         fast = self.config_init[self.subcommand].get("fast", "no")
+        if fast == "merged" and self.subcommand == "fit":
+            raise SettingError("--fast merged: weights that learn cannot be merged; fit takes compiled or parallel")
         if fast != "no":
             own_way = FasterTraining(fast) if self.subcommand == "fit" else Faster(fast == "compiled")
             config["callbacks"] = [*(config["callbacks"] or []), own_way]
