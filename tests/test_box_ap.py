@@ -175,6 +175,7 @@ def test_boxes_and_masks_together():
 
 
 def _process(rank, file, queue):
+    torch.set_num_threads(1)  # a forked process has no threads but its own
     torch.distributed.init_process_group("gloo", init_method=f"file://{file}", rank=rank, world_size=2)
     truth, batches = scene()
     metric = make(truth, "segm")
@@ -189,7 +190,7 @@ def _process(rank, file, queue):
 
 
 def test_two_processes_give_the_same_digits(tmp_path):
-    context = torch.multiprocessing.get_context("spawn")
+    context = torch.multiprocessing.get_context("fork")
     queue = context.Queue()
     processes = [context.Process(target=_process, args=(rank, tmp_path / "store", queue)) for rank in range(2)]
     for process in processes:
