@@ -267,6 +267,8 @@ SHARES = {  # what each of two processes sees of seven images
 
 
 def process(rank, folder):
+    if rank:
+        torch.set_num_threads(1)  # a forked process has no threads but its own
     store, patience = f"file://{folder}/store", timedelta(seconds=120)
     torch.distributed.init_process_group("gloo", init_method=store, rank=rank, world_size=2, timeout=patience)
     truth, guess = make_blobs(count=7)
@@ -279,7 +281,7 @@ def process(rank, folder):
 def apart(tmp_path_factory):
     """What two processes found."""
     folder = tmp_path_factory.mktemp("two")
-    other = torch.multiprocessing.get_context("spawn").Process(target=process, args=(1, folder))
+    other = torch.multiprocessing.get_context("fork").Process(target=process, args=(1, folder))
     other.start()
     try:
         process(0, folder)
