@@ -517,8 +517,10 @@ def test_order_batches_and_repetition_do_not_matter(order, repeated, size):
 
 
 def process(rank, folder):
+    if rank:
+        torch.set_num_threads(1)  # a forked process has no threads but its own
     store = f"file://{folder}/store"
-    patience = timedelta(seconds=120)  # for the other process to import torch
+    patience = timedelta(seconds=120)
     torch.distributed.init_process_group(
         "gloo",
         init_method=store,
@@ -541,7 +543,7 @@ def process(rank, folder):
 
 
 def test_two_processes_find_what_one_finds(tmp_path):
-    other = torch.multiprocessing.get_context("spawn").Process(target=process, args=(1, tmp_path))
+    other = torch.multiprocessing.get_context("fork").Process(target=process, args=(1, tmp_path))
     other.start()
     process(0, tmp_path)
     other.join()
