@@ -184,10 +184,20 @@ def test_newest_run_is_taken(fitted, cli, small, tmp_path):
     assert "version_0" in str(run.trainer.ckpt_path)
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=["ctrl-c", "sigterm"])
-def test_stopped_run_goes_on(number, cli, small, tmp_path):
-    wide = ["--data.size=[192,144]", "--data.batch_size=1"]  # an epoch of some 28 steps, a few seconds
-    command = [sys.executable, "-m", "tasks.pose", "fit", *small, *wide, "--trainer.max_epochs=50"]
+WIDE = ["--data.size=[192,144]", "--data.batch_size=1"]  # an epoch of some 28 steps, a few seconds
+
+
+def goes_on_from(folder, cli, small):
+    """The stopped run in `folder` goes on where it was."""
+    step = torch.load(folder / "runs/pose/version_0/checkpoints/last.ckpt", weights_only=True)["global_step"]
+    assert step > 0
+    run = cli(folder, "fit", *small, *WIDE, "--ckpt_path=last", f"--trainer.max_steps={step + 2}")
+    assert run.trainer.global_step == step + 2
+
+
+def test_interrupted_run_goes_on(cli, small, tmp_path):
+    """Ctrl-C, as a shell sends it."""
+    command = [sys.executable, "-m", "tasks.pose", "fit", *small, *WIDE, "--trainer.max_epochs=50"]
     with open(tmp_path / "log", "w") as log:
         process = subprocess.Popen(command, cwd=tmp_path, stdout=log, stderr=subprocess.STDOUT)
         try:
@@ -196,7 +206,7 @@ def test_stopped_run_goes_on(number, cli, small, tmp_path):
                 time.sleep(0.05)
             time.sleep(1)
             assert process.poll() is None, (tmp_path / "log").read_text()[-2000:]
-            process.send_signal(number)
+            process.send_signal(signal.SIGINT)
             process.wait(180)
         finally:
             process.kill()
@@ -204,11 +214,29 @@ def test_stopped_run_goes_on(number, cli, small, tmp_path):
     last, text = tmp_path / "runs/pose/version_0/checkpoints/last.ckpt", (tmp_path / "log").read_text()
     assert last.is_file(), text[-2000:]
     assert process.returncode != 0
-    step = torch.load(last, weights_only=True)["global_step"]
-    assert step > 0
-    run = cli(tmp_path, "fit", *small, *wide, "--ckpt_path=last", f"--trainer.max_steps={step + 2}")
-    assert run.trainer.global_step == step + 2
     assert "Traceback" not in text
+    goes_on_from(tmp_path, cli, small)
+
+
+def test_terminated_run_goes_on(cli, small, tmp_path, monkeypatch, capfd):
+    """As a cluster stops it: SIGTERM amid a step."""
+    step, before = Pose.training_step, signal.getsignal(signal.SIGTERM)
+
+    def third(self, batch, index):
+        if self.global_step == 2:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return step(self, batch, index)
+
+    monkeypatch.setattr(Pose, "training_step", third)
+    try:
+        with pytest.raises(SystemExit) as stopped:
+            cli(tmp_path, "fit", *small, *WIDE, "--trainer.max_epochs=50")
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    monkeypatch.undo()
+    assert stopped.value.code == 128 + signal.SIGTERM
+    assert "Traceback" not in capfd.readouterr().err
+    goes_on_from(tmp_path, cli, small)
 
 
 # Predicting
