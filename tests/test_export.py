@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from functools import cache
 
 import numpy as np
 import onnxruntime
@@ -31,12 +32,38 @@ def classification():
     return Classification(backbone=TINY, num_classes=4, size=64, resize=73).eval()
 
 
+KINDS = {
+    "pose": lambda: pose(codec=Heatmap(sigma=1, encoding="udp", decoding="dark"), udp=True, padding=1.5),
+    "class": classification,
+    "V2": lambda: pose(head=HRNetV2),
+}
+
+
+@pytest.fixture(scope="module")
+def exported(tmp_path_factory):
+    """A task of some kind and its exported file, which is written once."""
+    folder = tmp_path_factory.mktemp("exported")
+
+    @cache
+    def write(kind, suffix):
+        task, path = KINDS[kind](), folder / f"{kind}{suffix}"
+        assert export(task, path) < 1e-4
+        return task, path
+
+    return write
+
+
+def test_settings_travel_with_the_file(exported):
+    meta = onnxruntime.InferenceSession(str(exported("pose", ".onnx")[1])).get_modelmeta().custom_metadata_map
+    kept = json.loads(meta["hyper_parameters"])
+    assert kept["codec"]["encoding"] == "udp"
+    assert (kept["udp"], kept["padding"], kept["size"]) == (True, 1.5, [64, 48])
+
+
 @torch.no_grad()
-@pytest.mark.parametrize("suffix", [".onnx", ".pt"])
-@pytest.mark.parametrize("make", [pose, classification, lambda: pose(head=HRNetV2)], ids=["pose", "class", "V2"])
-def test_file_gives_the_same_at_any_size(make, suffix, tmp_path):
-    task, path = make(), tmp_path / f"a{suffix}"
-    assert export(task, path) < 1e-4
+@pytest.mark.parametrize(("kind", "suffix"), [(k, s) for k in KINDS for s in (".onnx", ".pt")])
+def test_file_gives_the_same_at_any_size(kind, suffix, exported):
+    task, path = exported(kind, suffix)
     if suffix == ".onnx":
         session = onnxruntime.InferenceSession(str(path))
     else:
@@ -56,7 +83,9 @@ def test_other_endings_are_refused(tmp_path):
 
 @pytest.fixture(scope="module")
 def run(cli, small, tmp_path_factory):
-    return cli(tmp_path_factory.mktemp("runs"), "fit", *small, "--trainer.max_epochs=1", "--trainer.max_steps=2")
+    short = ["--trainer.max_epochs=1", "--trainer.max_steps=2"]
+    backbone = "--model.backbone={width: 8, modules: [1, 1, 1], blocks: 1, stem: [1, 16]}"
+    return cli(tmp_path_factory.mktemp("runs"), "fit", *small, backbone, *short)
 
 
 def test_command_exports_and_predict_runs_it(run, cli, rendered, tmp_path, capsys):
@@ -82,12 +111,3 @@ def test_exported_network_does_not_learn(run, cli, small, tmp_path):
     (tmp_path / "a.onnx").write_text("no such thing")
     with pytest.raises(SystemExit, match=r"a\.onnx: not a readable ONNX file"):
         cli(tmp_path, "validate", *small, f"--ckpt_path={tmp_path / 'a.onnx'}")
-
-
-def test_settings_travel_with_the_file(tmp_path):
-    task = pose(codec=Heatmap(sigma=1, encoding="udp", decoding="dark"), udp=True, padding=1.5)
-    export(task, tmp_path / "a.onnx")
-    meta = onnxruntime.InferenceSession(str(tmp_path / "a.onnx")).get_modelmeta().custom_metadata_map
-    kept = json.loads(meta["hyper_parameters"])
-    assert kept["codec"]["encoding"] == "udp"
-    assert (kept["udp"], kept["padding"], kept["size"]) == (True, 1.5, [64, 48])
