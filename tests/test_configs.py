@@ -165,6 +165,11 @@ def test_recipe(path, rendered, tmp_path, monkeypatch):
     tasks = [v for v in vars(task).values() if isinstance(v, type) and v.__module__ == task.__name__]
     quick = ["--trainer.fast_dev_run=true", "--trainer.accelerator=cpu", "--trainer.enable_progress_bar=false"]
     small = ["--data.batch_size=2", "--data.eval_batch_size=2", "--data.workers=0"]
+    backbone = config["model"].get("backbone")
+    if isinstance(backbone, dict):  # as wide as it says but not as deep, which takes seconds; below, sizes are compared
+        small += ["--model.backbone.modules=[1,1,1]", "--model.backbone.blocks=1"]
+    if "RCNN" in str(config["model"].get("detector")):
+        small += [f"--model.detector.{k}={v}" for k, v in {"width": 64, "proposals": 200, "sampled": 64}.items()]
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("sys.argv", ["test"])
     monkeypatch.setattr(
@@ -172,6 +177,8 @@ def test_recipe(path, rendered, tmp_path, monkeypatch):
     )  # not downloaded here
     run = main(next(t for t in tasks if hasattr(t, "facts")), ["fit", f"--config={path}", *data, *small, *quick])
     assert run.trainer.global_step == 1
+    if isinstance(backbone, dict):
+        assert run.model.backbone.config.width == backbone["width"]
     loss, batch = run.trainer.callback_metrics["train/loss"], next(iter(run.datamodule.train_dataloader()))
     assert loss.isfinite()
     if path.parent.name == "detection":
