@@ -2,12 +2,15 @@
 PYTHON ?= python3
 PY := .venv/bin/python
 
-.PHONY: demo test lint smoke-configs camvid bccd pennfudan overfit bench bench-gpu clean
+.PHONY: demo test coverage lint smoke-configs camvid bccd pennfudan overfit bench bench-gpu clean
 
 demo: .venv/done  ## learn human pose from drawn scenes: a few minutes on a laptop's CPU
 	$(PY) -m tasks.pose fit
 
-test: .venv/done  ## the whole suite, with coverage of the three packages
+test: .venv/done  ## the whole suite
+	$(PY) -m pytest -n 2
+
+coverage: .venv/done  ## the same with coverage of the three packages, whose tracing slows every call down
 	$(PY) -m pytest -n 2 --cov=hrnet --cov=tasks --cov=datamodules --cov-report=term
 
 lint: .venv/done
