@@ -275,6 +275,7 @@ def test_published_detection_recipes(name):
     optimizer = model["optimizer"]["init_args"]
     said = (model["backbone"]["width"], epochs, milestones, optimizer["lr"], detector.get("init_args", {}))
     assert said == DETECTION[name]
+    assert HRNetConfig(**model["backbone"]) == PRESETS[f"w{said[0]}"]
     assert (optimizer["momentum"], optimizer["weight_decay"], model["norm_eval"]) == (0.9, 0.0001, True)
     assert detector["class_path"].endswith("FCOS" if "fcos" in name else "RCNN")
     assert config["data"]["init_args"].get("masks", False) == ("mask" in name)
