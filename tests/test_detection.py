@@ -278,7 +278,7 @@ def test_other_classes_are_refused(masked, cli, options, monkeypatch):
 def test_learning_a_picture_by_heart(cache):
     """Boxes, classes and their places are right end to end: otherwise AP could not become high."""
     torch.manual_seed(0)
-    data = RenderedBoxes(str(cache), 12, 6, workers=0, batch_size=2)
+    data = RenderedBoxes(str(cache), 12, 6, shorter=120, longer=160, workers=0, batch_size=2)
     data.setup("fit")
     source = data.datasets["train"]
     source.augmentation = None
