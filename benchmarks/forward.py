@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from timing import medians, report
+from timing import machine, medians, report
 from torch import Tensor, nn
 
 from hrnet.bench import called, deviation, pair
@@ -68,6 +68,7 @@ def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--quick", action="store_true", help="the two networks with a goal, batch 1, nothing compiled")
     quick = parser.parse_args().quick
+    print(machine())
     for preset, batch, size in CASES:
         if quick and (preset not in ("w18_small_v1", "w32") or batch > 1):
             continue

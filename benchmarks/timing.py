@@ -1,14 +1,31 @@
 """Ratios to a peer of the same run, printed and kept for the plots."""
 
 import json
+import platform
+import subprocess
 from collections.abc import Mapping
 from pathlib import Path
 
+import torch
+
 from hrnet.bench import medians
 
-__all__ = ["medians", "report"]
+__all__ = ["machine", "medians", "report"]
 FOLDER = Path("runs/bench")
 NOTHING: dict[str, str] = {}
+
+
+def machine() -> str:
+    """What the figures are of."""
+    lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
+    name = next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.machine())
+    flags = next((line.split() for line in lines if line.startswith("flags")), [])
+    bf16 = ", ".join(flag for flag in flags if "bf16" in flag) or "none"
+    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False).stdout
+    return (
+        f"{name}, {torch.get_num_threads()} threads, bf16 instructions: {bf16}; Python {platform.python_version()}, "
+        f"torch {torch.__version__}; commit {commit.strip()}"
+    )
 
 
 def report(
