@@ -1,6 +1,6 @@
 """Forward passes of the backbone beside timm's of the same weights and maps: eager, compiled and exported.
 
-python benchmarks/forward.py [--quick]
+python benchmarks/forward.py [--quick | --all]
 """
 
 import argparse
@@ -14,7 +14,7 @@ from timing import machine, medians, report
 from torch import Tensor, nn
 
 from hrnet.bench import called, deviation, pair
-from hrnet.fast import Fast, as_float
+from hrnet.fast import Fast
 
 CASES = [
     ("w18_small_v1", 1, (256, 192)),
@@ -66,17 +66,19 @@ def exported(network: nn.Module, image: Tensor) -> dict[str, Callable[[], Any]]:
 
 def main() -> None:
     parser = argparse.ArgumentParser()
-    parser.add_argument("--quick", action="store_true", help="the two networks with a goal, batch 1, nothing compiled")
-    quick = parser.parse_args().quick
+    parser.add_argument("--quick", action="store_true", help="batch 1 of two networks, nothing compiled")
+    parser.add_argument("--all", action="store_true", help="all networks compiled and exported as well")
+    given = parser.parse_args()
     print(machine())
     for preset, batch, size in CASES:
-        if quick and (preset not in ("w18_small_v1", "w32") or batch > 1):
+        chosen = preset in ("w18_small_v1", "w32")
+        if given.quick and (not chosen or batch > 1):
             continue
         ours, theirs = pair(preset)
         image = torch.randn(batch, 3, *size)
         calls = {"timm": called(theirs, image)}
-        if batch == 1 and size == (256, 192):
-            if not quick:
+        if batch == 1 and size == (256, 192) and (chosen or given.all):
+            if not given.quick:
                 calls["timm, compiled"] = called(torch.compile(theirs), image)  # type: ignore[arg-type]
             calls |= exported(ours, image)
         calls["eager, channels last"] = called(
@@ -85,7 +87,7 @@ def main() -> None:
         calls["fast"], calls["fast, bf16"] = (called(Fast(ours, d), image) for d in (torch.float32, torch.bfloat16))
         with torch.no_grad():
             reference = theirs(image)
-            notes = {k: f"differs by {deviation(as_float(call()), reference):.1e}" for k, call in calls.items()}
+            notes = {k: f"differs by {deviation(call(), reference):.1e}" for k, call in calls.items()}
         title = f"forward, {preset}, {batch} x {size[0]}x{size[1]}, {torch.get_num_threads()} threads"
         report("forward", title, "timm", medians(calls, least=0.05), notes)
         torch.compiler.reset()

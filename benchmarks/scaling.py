@@ -18,7 +18,7 @@ from hrnet.fast import Fast
 
 AXES: dict[str, list[tuple[str, int, tuple[int, int]]]] = {
     "resolution": [("w18", 1, (64 * k, 48 * k)) for k in (2, 4, 6, 8)],
-    "width": [(preset, 1, (256, 192)) for preset in ("w18", "w32", "w48", "w64")],
+    "width": [(preset, 1, (256, 192)) for preset in ("w18_small_v1", "w18", "w32", "w48")],
     "batch": [("w18", batch, (256, 192)) for batch in (1, 2, 4, 8)],
 }
 

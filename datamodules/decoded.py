@@ -1,5 +1,6 @@
 """Pictures kept decoded on a disk: exact, several times faster than JPEG or PNG, several times larger."""
 
+import errno
 import os
 import shutil
 import struct
@@ -37,6 +38,10 @@ class Decoded:
 
     folder: str
     free: float = 20.0
+
+    def __post_init__(self) -> None:
+        if self.free < 0:
+            raise DataError(f"free is how many gigabytes to leave free, 0 at least, got {self.free}")
 
     def read(self, reader: Callable[..., Array], path: str, rows: int | None = None) -> Array:
         """What `reader(path)` returns, or `rows` rows from its top, at least 1."""
@@ -85,10 +90,9 @@ class Decoded:
             raise self.refused(error) from None
 
     def refused(self, error: OSError) -> DataError:
-        return DataError(
-            f"{self.folder}: cannot keep decoded pictures here ({error.strerror}); name another folder, make room, or "
-            f"raise `free`, at which no more is written"
-        )
+        full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+        remedy = "make room, or raise `free`, at which no more is written" if full else "name another folder"
+        return DataError(f"{self.folder}: cannot keep decoded pictures here ({error.strerror}); {remedy}")
 
 
 def load(place: str, stamp: tuple[int, int], rows: int | None = None) -> Array | None:

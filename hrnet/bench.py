@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from hrnet.backbone import PRESETS, HRNet
-from hrnet.fast import Convolution, Fast, as_float, fused
+from hrnet.fast import Convolution, Fast, fused
 
 
 def medians(candidates: Mapping[str, Callable[[], Any]], rounds: int = 7, least: float = 0.0) -> dict[str, float]:
@@ -120,7 +120,7 @@ def candidates(preset: str, image: Tensor, compiled: bool) -> tuple[dict[str, Ca
     calls = {k: called(m, last if "channels" in k else image) for k, m in networks.items()}
     with torch.no_grad():
         reference = networks["eager"](image)
-        apart = {k: deviation(as_float(call()), reference) for k, call in calls.items()}
+        apart = {k: deviation(call(), reference) for k, call in calls.items()}
     resnet = timm.create_model("resnet50", features_only=True).eval().to(image.device)
     return calls | {"timm ResNet-50": called(resnet, image)}, apart
 
@@ -147,16 +147,20 @@ def main() -> None:
     preset = given.network if given.width is None else f"w{given.width}"
     if preset not in PRESETS:
         parser.error(f"there is no network of width {given.width}; give one of {', '.join(PRESETS)} as --network")
+    size = [int(v) if v.isdecimal() else 0 for v in given.size.split("x")]
+    if len(size) != 2 or min(size) < 32 or any(v % 32 for v in size):
+        parser.error(f"--size is height x width, as 256x192, multiples of 32 (timm's takes no other), got {given.size}")
+    if min(given.batch, given.rounds) < 1:
+        parser.error("--batch and --rounds are at least 1")
     try:
-        height, width = (int(v) for v in given.size.split("x"))
         device = torch.device(given.device)
-        image = torch.randn(given.batch, 3, height, width, device=device)
-    except (ValueError, RuntimeError, AssertionError) as error:
-        parser.error(f"--size is height x width, as 256x192, and --device one that torch has ({error})")
+        image = torch.randn(given.batch, 3, *size, device=device)
+    except (RuntimeError, AssertionError) as error:
+        parser.error(f"--device {given.device}: {str(error).splitlines()[0]}")
     calls, apart = candidates(preset, image, given.compile)
     times = medians(calls, given.rounds, least=0.1)
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{torch.get_num_threads()} CPU threads"
-    print(f"\n{preset}, {given.batch} x {height}x{width}, {name}, torch {torch.__version__}\n")
+    print(f"\n{preset}, {given.batch} x {given.size}, {name}, torch {torch.__version__}\n")
     print("| | ms | images/s | times timm | differs by | share of ceiling |\n|---|---|---|---|---|---|")
     floors = {}
     for dtype in (torch.float32, torch.bfloat16):
@@ -171,8 +175,8 @@ def main() -> None:
         )
     macs = sum(m for m, _ in work(HRNet(preset), image.cpu(), torch.float32))
     print(
-        f"\n{macs / 1e9:.2f} 10^9 multiply-adds. Ceiling: each convolution as fast as a large matrix product or, if "
-        f"that takes longer, as its maps can be copied; both measured here."
+        f"\n{macs / given.batch / 1e9:.2f} 10^9 multiply-adds an image. Ceiling: each convolution as fast as a large "
+        f"matrix product or, if that takes longer, as its maps can be copied; both measured here."
     )
 
 

@@ -2,8 +2,9 @@
 convolutions themselves, channels last, bf16 or compiled where asked."""
 
 import copy
+from collections.abc import Callable
 from functools import partial
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
@@ -42,6 +43,13 @@ class Convolution(nn.Module):
         if addend is None:
             return torch.ops.mkldnn._convolution_pointwise.default(x, *self.one)
         return torch.ops.mkldnn._convolution_pointwise_.binary(addend, x, *self.two)
+
+    def _apply(self, *args: Any, **kwargs: Any) -> Any:
+        self.packed = None  # of the device and the type that it had
+        return super()._apply(*args, **kwargs)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {k: v for k, v in super().__getstate__().items() if k not in ("one", "two")} | {"packed": None}
 
 
 def fusing(x: Tensor) -> bool:
@@ -193,10 +201,11 @@ class Fast(nn.Module):
     """Stands for a trained network, whose weights it copies: the same outputs, in fp32, without gradients.
 
     In fp32 outputs change by rounding alone (relative error below 1e-5, tests/test_fast.py); bf16 has 8 bits. On a GPU
-    the whole is captured as one CUDA graph a size, its branches side by side.
+    the whole is captured as one CUDA graph a size, its branches side by side. Its weights are as they were: when the
+    network has learned, make another. Always in evaluation mode.
 
     Args:
-        network: an `HRNet`, or any module of one image that has one.
+        network: an `HRNet`, or any module of one image that has one, and puts out tensors, or lists or dicts of them.
         dtype: that it computes in, torch.float32 or torch.bfloat16.
         compiled: by torch.compile instead, branch after branch; takes its time for each size, and on CPUs, where it is
             no faster, a C++ compiler.
@@ -209,7 +218,8 @@ class Fast(nn.Module):
         super().__init__()
         fast = folded(network) if compiled else fused(network)
         self.network = fast.to(dtype=dtype, memory_format=torch.channels_last)  # type: ignore[call-overload]
-        self.dtype, self.sizes = dtype, sizes
+        self.channels, self.strides = getattr(network, "channels", None), getattr(network, "strides", None)
+        self.sizes = sizes
         self.prepared: dict[tuple[int, ...], Any] = {}  # by size
         self.compiled: Any = None
         if compiled:
@@ -217,14 +227,27 @@ class Fast(nn.Module):
 
     @torch.no_grad()
     def forward(self, image: Tensor) -> Any:
-        x = image.to(self.dtype)
+        x = image.to(next(self.network.parameters()).dtype)
         size = tuple(x.shape)
-        # What is compiled cannot be frozen in inference mode.
-        with torch.autocast(x.device.type, enabled=False), torch.inference_mode(self.compiled is None):
+        # Plain tensors come out, for a head to learn from; and what is compiled could not be frozen in inference mode.
+        with torch.autocast(x.device.type, enabled=False), torch.inference_mode(False):
             if size not in self.prepared and len(self.prepared) < self.sizes:
                 network = self.network if self.compiled is None else self.compiled
                 self.prepared[size] = Captured(network, x) if x.is_cuda else network
-            return as_float(self.prepared.get(size, self.network)(x))
+            return each(as_float, self.prepared.get(size, self.network)(x))
+
+    def train(self, mode: bool = True) -> Self:
+        return super().train(False)
+
+    def _apply(self, *args: Any, **kwargs: Any) -> Any:
+        self.prepared = {}
+        return super()._apply(*args, **kwargs)
+
+    def _load_from_state_dict(self, *args: Any) -> None:
+        raise RuntimeError("Fast keeps the weights it was made with; load them into the network, and make another")
+
+    def __getstate__(self) -> dict[str, Any]:
+        return super().__getstate__() | {"prepared": {}}
 
 
 class Captured:
@@ -245,16 +268,19 @@ class Captured:
     def __call__(self, x: Tensor) -> Any:
         self.input.copy_(x)
         self.graph.replay()
-        return copied(self.output)  # the next replay writes to the same place
+        return each(torch.clone, self.output)  # the next replay writes to the same place
 
 
-def as_float(output: Any) -> Any:
-    """A tensor, or a list of them, in fp32."""
-    return [as_float(part) for part in output] if isinstance(output, list | tuple) else output.float()
+def as_float(x: Tensor) -> Tensor:
+    """In fp32 if it is of floating point."""
+    return x.float() if x.is_floating_point() else x
 
 
-def copied(output: Any) -> Any:
-    return [copied(part) for part in output] if isinstance(output, list | tuple) else output.clone()
+def each(function: Callable[[Tensor], Tensor], output: Any) -> Any:
+    """`function` of a tensor, or of each of a list or a dict of them."""
+    if isinstance(output, dict):
+        return {k: each(function, v) for k, v in output.items()}
+    return [each(function, v) for v in output] if isinstance(output, list | tuple) else function(output)
 
 
 def compile_blocks(network: nn.Module, **options: Any) -> None:

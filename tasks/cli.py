@@ -78,6 +78,10 @@ class CLI(LightningCLI):
         config.trainer.default_root_dir = str(config.trainer.default_root_dir or "runs")
         if config.trainer.precision is None:
             config.trainer.precision = "bf16-mixed" if fast_bf16() else "32-true"
+        if str(config.trainer.precision) in ("bf16-true", "16-true", "64-true", "bf16", "64", "transformer-engine"):
+            raise SettingError(
+                f"trainer.precision {config.trainer.precision}: weights and losses stay in fp32; take bf16-mixed"
+            )
         epochs, every = config.trainer.max_epochs, config.trainer.check_val_every_n_epoch
         if epochs and every and 0 < epochs < every:  # too short a run is validated at its end, not never
             config.trainer.check_val_every_n_epoch = epochs

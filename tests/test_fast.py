@@ -1,5 +1,7 @@
 """The network run fast gives what it gives anyway."""
 
+import copy
+import pickle
 from dataclasses import replace
 
 import pytest
@@ -62,6 +64,48 @@ def test_fast_for_every_way_to_exchange(config, outputs):
     assert len(fast(x)) == outputs
     assert max(error(a, b) for a, b in zip(expected, fast(x))) < 1e-5
     assert max(error(a, b) for a, b in zip(net(x[:1]), fast(x[:1]))) < 1e-5  # packed for another size
+
+
+@torch.no_grad()
+def test_used_or_not_it_moves_and_is_kept():
+    net, x = network(), torch.randn(1, 3, 64, 48)
+    expected = net(x)
+    for use in (lambda fast: None, lambda fast: fast(x)):
+        fast = Fast(net)
+        use(fast)
+        assert error(expected, copy.deepcopy(fast)(x)) < 1e-5
+        assert error(expected, pickle.loads(pickle.dumps(fast))(x)) < 1e-5
+        assert error(expected, fast.to(torch.bfloat16)(x)) < 0.1
+        assert error(expected, fast.double()(x)) < 0.1
+        with pytest.raises(RuntimeError, match="make another"):
+            fast.load_state_dict(fast.state_dict())
+
+
+def test_a_head_learns_on_it():
+    fast = Fast(network(OCR)).train()
+    assert not any(module.training for module in fast.modules())
+    backbone = Fast(network())
+    head = nn.Conv2d(backbone.channels[0], 2, 1)
+    head(backbone(torch.randn(1, 3, 64, 64))[0]).sum().backward()
+    assert head.weight.grad.abs().sum() > 0
+
+
+class Named(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.backbone = network()
+
+    def forward(self, image):
+        maps = self.backbone(image)
+        return {"maps": maps, "best": maps[0].argmax(1)}
+
+
+@torch.no_grad()
+def test_outputs_of_any_form():
+    net, x = Named(), torch.randn(1, 3, 64, 64)
+    output = Fast(net, torch.bfloat16)(x)
+    assert error(net(x)["maps"], output["maps"]) < 0.1
+    assert output["best"].dtype == torch.int64
 
 
 @torch.no_grad()
