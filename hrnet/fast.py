@@ -7,6 +7,7 @@ from functools import partial
 from typing import Any, Self
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
@@ -70,11 +71,15 @@ class Residual(nn.Module):
         if isinstance(block, Bottleneck):
             pairs.append((block.conv3, block.bn3))
         *first, self.last = (Convolution(conv, norm) for conv, norm in pairs)
-        self.first = nn.Sequential(*first)
-        self.shortcut = chain(getattr(block, "downsample", None) or nn.Identity())
+        self.first = nn.ModuleList(first)
+        downsample = getattr(block, "downsample", None)
+        self.shortcut = None if downsample is None else chain(downsample)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.last(self.first(x), self.shortcut(x))
+        y = x
+        for conv in self.first:
+            y = conv(y)
+        return self.last(y, x if self.shortcut is None else self.shortcut(x))
 
 
 class Path(nn.Module):
@@ -123,8 +128,10 @@ class Exchange(nn.Module):
             total = total.clone()  # the others still read it
         for source in range(len(maps) - 1, target, -1):
             if self.nearest:  # to raise by 4 is to raise by 2 twice
-                x = self.resize(paths[source](maps[source], coarser), 2, maps[source - 1].shape[-2:])
-                coarser = x.contiguous(memory_format=torch.channels_last)  # where the size was odd, it is part of one
+                coarser = F.interpolate(paths[source](maps[source], coarser), scale_factor=2, mode="nearest")
+                height, width = maps[source - 1].shape[-2:]
+                if coarser.shape[-2:] != (height, width):  # an odd one
+                    coarser = coarser[..., :height, :width].contiguous(memory_format=torch.channels_last)
             else:
                 x = self.resize(paths[source](maps[source]), 2 ** (source - target), total.shape[-2:])
                 coarser = x if coarser is None else coarser.add_(x)
