@@ -37,7 +37,7 @@ pennfudan: .venv/done  ## train on the pedestrians below DATA, boxes and masks
 overfit: .venv/done  ## every detector learns eight pictures of DATA/coco-sample by heart
 	$(PY) benchmarks/overfit.py $(DATA)/coco-sample
 
-bench: .venv/bench  ## every benchmark on the CPU with the pictures of DATA/coco-sample: a quarter of an hour on two cores
+bench: .venv/bench  ## every benchmark on the CPU with the pictures of DATA/coco-sample: less than 20 minutes on two cores
 	$(PY) benchmarks/forward.py
 	$(PY) benchmarks/training.py
 	$(PY) benchmarks/loader.py $(DATA)/coco-sample
