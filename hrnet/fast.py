@@ -11,7 +11,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
-from hrnet.backbone import BasicBlock, Bottleneck, HRNet, Module, check_size
+from hrnet.backbone import HRNet, check_size
+from hrnet.blocks import BasicBlock, Bottleneck, Module
 from hrnet.streams import side_by_side
 
 

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from hrnet.backbone import Bottleneck, initialise
+from hrnet.blocks import Bottleneck, initialise
 
 
 class HRNetV1(nn.Module):

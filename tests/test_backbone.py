@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from hrnet import PRESETS, HRNet, HRNetConfig
-from hrnet.backbone import BasicBlock, Bottleneck
+from hrnet.blocks import BasicBlock, Bottleneck
 from hrnet.heads import Classification, HRNetV1, HRNetV2, HRNetV2p
 
 # Parameters: classification, keys of its state_dict, trunk, pose (17), segmentation (19). GiMAC as printed:
