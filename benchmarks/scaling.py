@@ -93,6 +93,7 @@ def processes() -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    found = forward() | loading(sys.argv[1]) | processes()
+    (root,) = sys.argv[1:]
+    found = forward() | loading(root) | processes()
     FOLDER.mkdir(parents=True, exist_ok=True)
     (FOLDER / "scaling.json").write_text(json.dumps(found, indent=1))

@@ -15,6 +15,9 @@ from hrnet.backbone import HRNet, check_size
 from hrnet.blocks import BasicBlock, Bottleneck, Module
 from hrnet.streams import side_by_side
 
+NORM = nn.modules.batchnorm._BatchNorm
+"""Batch norm of one process's images, or of all (SyncBatchNorm)."""
+
 
 class Convolution(nn.Module):
     """relu(convolution(x) + addend), batch norm folded in; on CPUs in one pass over memory, by oneDNN, which may
@@ -27,7 +30,12 @@ class Convolution(nn.Module):
 
     def __init__(self, conv: nn.Conv2d, norm: nn.Module | None = None, relu: bool = True) -> None:
         super().__init__()
-        self.conv = fuse_conv_bn_eval(conv, norm) if isinstance(norm, nn.BatchNorm2d) else copy.deepcopy(conv)
+        if isinstance(norm, NORM):
+            self.conv = fuse_conv_bn_eval(conv, norm)
+        elif norm is None or isinstance(norm, nn.Identity | nn.ReLU):
+            self.conv = copy.deepcopy(conv)
+        else:
+            raise TypeError(f"{type(norm).__name__} behind a convolution cannot be merged into it; batch norm can")
         self.relu = relu
         self.packed: Tensor | None = None  # weights in the order that oneDNN wants
 
@@ -187,7 +195,7 @@ def folded(network: nn.Module) -> nn.Module:
         for name, child in children.items():
             behind = str(int(name) + 1) if name.isdigit() else name.replace("conv", "bn")
             norm = children.get(behind)
-            if isinstance(child, nn.Conv2d) and isinstance(norm, nn.BatchNorm2d):
+            if isinstance(child, nn.Conv2d) and isinstance(norm, NORM):
                 setattr(module, name, fuse_conv_bn_eval(child, norm))
                 setattr(module, behind, nn.Identity())
     return network
@@ -238,7 +246,7 @@ class Fast(nn.Module):
         x = image.to(next(self.network.parameters()).dtype)
         size = tuple(x.shape)
         # Plain tensors come out, for a head to learn from; and what is compiled could not be frozen in inference mode.
-        with torch.autocast(x.device.type, enabled=False), torch.inference_mode(False):
+        with torch.autocast(x.device.type, enabled=False), torch.inference_mode(False), torch.no_grad():
             if size not in self.prepared and len(self.prepared) < self.sizes:
                 network = self.network if self.compiled is None else self.compiled
                 self.prepared[size] = Captured(network, x) if x.is_cuda else network

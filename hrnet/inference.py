@@ -86,9 +86,11 @@ class Protocol:
         return scores / counts
 
     def scores(self, network: Network, image: Tensor, flip_index: Tensor | None) -> Tensor:
-        logits = self.resized(network(image).float(), image.shape[-2:])
+        logits = network(torch.cat([image, image.flip(-1)]) if self.flip else image)
+        logits = self.resized(logits.float(), image.shape[-2:])
         if self.flip:
-            mirrored = self.resized(network(image.flip(-1)).float(), image.shape[-2:]).flip(-1)
+            logits, mirrored = logits.chunk(2)
+            mirrored = mirrored.flip(-1)
             logits = (logits + (mirrored if flip_index is None else mirrored.index_select(1, flip_index))) / 2
         # exp overflows fp32 at 88; no trained network comes near.
         return logits.clamp(max=80).exp() if self.average == "exp" else logits.softmax(1)

@@ -166,3 +166,24 @@ def test_captured_on_a_gpu_and_side_by_side():
         for image, output in zip(x, outputs):  # the first ones were not overwritten
             assert error(net(image), output) < 1e-4
             assert error(net(image), side(image)) < 1e-4
+
+
+@torch.no_grad()
+def test_shared_batch_norm_is_merged_and_another_norm_refused():
+    network = HRNet("w18_small_v1").eval()
+    for module in network.modules():
+        if isinstance(module, torch.nn.BatchNorm2d):
+            module.running_mean.normal_()
+            module.running_var.uniform_(0.5, 2)
+    image = torch.randn(1, 3, 64, 64)
+    shared = torch.nn.SyncBatchNorm.convert_sync_batchnorm(copy.deepcopy(network)).eval()
+    for a, b in zip(Fast(shared)(image), network(image), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4 * float(b.abs().max()))
+    network.bn1 = torch.nn.GroupNorm(4, 64)
+    with pytest.raises(TypeError, match="GroupNorm behind a convolution"):
+        Fast(network)
+
+
+def test_no_gradient_is_promised():
+    image = torch.randn(1, 3, 64, 64, requires_grad=True)
+    assert not any(x.requires_grad for x in Fast(HRNet("w18_small_v1"))(image))
