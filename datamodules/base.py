@@ -1,20 +1,26 @@
 """What every data module has in common, and the batch each kind yields."""
 
 import os
+import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
+from pathlib import Path
 from typing import Any, Literal, TypedDict
 
 import cv2
 import lightning as L
 import numpy as np
 import torch
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from torchmetrics import Metric, MetricCollection
 
+from datamodules.broken import Skipping, read
 from datamodules.decoded import Decoded
+from datamodules.loader import Loader, begin_worker
+from datamodules.order import Order, Seeded
 from datamodules.transforms import (
     Array,
     PoseAugmentation,
@@ -80,6 +86,8 @@ class DataModule(L.LightningDataModule):
             batches ahead, and compute in one thread each (torch sees to its own, `transforms` to OpenCV's).
         eval_batch_size: for validation, test and prediction; None is batch_size.
         decoded: where pictures are kept decoded; None decodes them each time.
+        skip: share of a split's samples that may be skipped because they cannot be read; with 0 the first ends the run.
+        timeout: seconds without a batch after which workers are taken to hang.
     """
 
     def __init__(
@@ -88,34 +96,62 @@ class DataModule(L.LightningDataModule):
         workers: int | None = None,
         eval_batch_size: int | None = None,
         decoded: Decoded | None = None,
+        skip: float = 0.0,
+        timeout: float = 600.0,
     ) -> None:
         super().__init__()
         if batch_size < 1 or (eval_batch_size is not None and eval_batch_size < 1):
             raise ValueError(f"batch_size must be at least 1, got {batch_size} and {eval_batch_size}")
         self.batch_size = batch_size
         self.eval_batch_size = eval_batch_size or batch_size
+        if workers is not None and workers < 0:
+            raise ValueError(f"workers must be at least 0, got {workers}")
         self.workers = min(os.cpu_count() or 1, 8) if workers is None else workers
         self.decoded = decoded
+        if not 0 <= skip < 1 or timeout < 0:
+            raise ValueError(f"skip is a share, below 1, and timeout in seconds; got {skip} and {timeout}")
+        self.skip, self.timeout = skip, timeout
         self.datasets: dict[str, Dataset] = {}
+        self.lists: dict[str, Path] = {}  # of what was skipped
 
     def reader(self, read: Callable[..., Array] = read_image) -> Callable[..., Array]:
         """What reads pictures: `read`, or what it has read before."""
         return read if self.decoded is None else partial(self.decoded.read, read)
 
     def loader(self, split: str, **options: Any) -> DataLoader:
-        """Of a split. options: of `DataLoader`, beyond those below; a `batch_sampler` stands for its first three."""
-        train = split == "train"
-        if "batch_sampler" not in options:
-            options["batch_size"] = self.batch_size if train else self.eval_batch_size
-            options["shuffle"] = train
-            options["drop_last"] = train and len(self.datasets[split]) >= self.batch_size  # type: ignore[arg-type]
-        return DataLoader(
-            self.datasets[split],
-            num_workers=self.workers,
-            persistent_workers=self.workers > 0,
-            pin_memory=torch.cuda.is_available(),
-            **options,
-        )
+        """Of a split. options: of `DataLoader`, beyond those below; and `groups`, see `Order`."""
+        dataset, groups = self.datasets[split], options.pop("groups", None)
+        if self.skip:
+            self.lists[split] = self.list_of_skipped(split)
+            dataset = Skipping(dataset, self.skip, self.lists[split])
+        options |= {
+            "num_workers": self.workers,
+            "persistent_workers": self.workers > 0,
+            "pin_memory": torch.cuda.is_available(),
+            "timeout": self.timeout if self.workers else 0,
+            "worker_init_fn": begin_worker,
+        }
+        if split != "train":
+            return Loader(dataset, batch_size=self.eval_batch_size, **options)
+        processes, rank = (self.trainer.world_size, self.trainer.global_rank) if self.trainer else (1, 0)
+        order = Order(dataset, self.batch_size, groups, processes, rank)
+        options |= {"batch_size": self.batch_size, "sampler": order, "drop_last": order.drop_last}
+        return Loader(Seeded(dataset), **options)
+
+    def list_of_skipped(self, split: str) -> Path:
+        """Where to keep it: in the run's folder, if there is one."""
+        folder = Path((self.trainer.log_dir if self.trainer else None) or tempfile.mkdtemp())
+        folder.mkdir(parents=True, exist_ok=True)
+        return folder / f"skipped_{split}.jsonl"
+
+    def teardown(self, stage: str) -> None:
+        for split, path in self.lists.items():
+            if found := read(path):
+                count = len(self.datasets[split])  # type: ignore[arg-type]
+                rank_zero_warn(
+                    f"{len(found)} of {count} samples of {split} could not be read and were skipped; {path} lists "
+                    f"them, the first: {next(iter(found.values()))}"
+                )
 
     def train_dataloader(self) -> DataLoader:
         return self.loader("train")
@@ -205,7 +241,7 @@ class KeypointDataset(Dataset):
         rotation, flip = 0.0, False
         augment = self.augmentation
         if augment is not None:
-            # Seeded from torch's generator, which Lightning seeds a worker and an epoch.
+            # Seeded from torch's generator, which `Seeded` seeds by epoch and sample.
             rng = np.random.default_rng(int(torch.randint(2**62, ())))
             half = augment.half(keypoints, visible, self.upper, self.size, rng)
             if half is not None:
@@ -260,7 +296,7 @@ class KeypointData(DataModule):
         hidden: whether joints that are labelled but hidden are learned ("supervise", official) or left out ("ignore").
         udp: crop by UDP's matrix; goes with the codec's `encoding: udp`.
         reduced: see `KeypointDataset`; for training.
-        batch_size, workers, eval_batch_size, decoded: see `DataModule`.
+        **kwargs: see `DataModule`.
 
     Attributes:
         num_keypoints, keypoint_names, skeleton, flip_pairs, sigmas: facts, there as soon as the module is constructed.
@@ -275,12 +311,9 @@ class KeypointData(DataModule):
         hidden: Literal["supervise", "ignore"] = "supervise",
         udp: bool = False,
         reduced: bool = False,
-        batch_size: int = 32,
-        workers: int | None = None,
-        eval_batch_size: int | None = None,
-        decoded: Decoded | None = None,
+        **kwargs: Any,
     ) -> None:
-        super().__init__(batch_size, workers, eval_batch_size, decoded)
+        super().__init__(**kwargs)
         self.facts = facts
         self.num_keypoints = len(facts.names)
         self.keypoint_names = facts.names

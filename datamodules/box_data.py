@@ -1,47 +1,18 @@
 """Loaders of images with boxes, and what COCO's metric wants to know of them: what all detection data share."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any, Literal
 
 import numpy as np
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from pycocotools import mask as rle
-from torch.utils.data import BatchSampler, DataLoader, RandomSampler, Sampler
+from torch.utils.data import DataLoader
 from torchmetrics import Metric, MetricCollection
 
 from datamodules.base import DataModule
 from datamodules.box_ap import BoxAP
 from datamodules.boxes import BoxAugmentation, BoxDataset, Boxed, collate
 from datamodules.transforms import DataError, read_image
-
-
-class GroupedBatches(BatchSampler):
-    """Batches of upright or of lying images, so that little is padded; what is left at the end goes together.
-
-    As many batches as ungrouped, in every process of several.
-
-    Args:
-        sampler, batch_size, drop_last: see `torch.utils.data.BatchSampler`.
-        groups: of every image of the data set.
-    """
-
-    def __init__(self, sampler: Sampler[int], batch_size: int, drop_last: bool, groups: Sequence[bool] = ()) -> None:
-        super().__init__(sampler, batch_size, drop_last)
-        self.groups = groups
-
-    def __iter__(self) -> Iterator[list[int]]:
-        waiting: dict[bool, list[int]] = {False: [], True: []}
-        for index in self.sampler:
-            group = waiting[self.groups[index]]
-            group.append(index)
-            if len(group) == self.batch_size:
-                yield list(group)
-                group.clear()
-        rest = waiting[False] + waiting[True]
-        for start in range(0, len(rest), self.batch_size):
-            batch = rest[start : start + self.batch_size]
-            if len(batch) == self.batch_size or not self.drop_last:
-                yield batch
 
 
 class BoxData(DataModule):
@@ -116,7 +87,7 @@ class BoxData(DataModule):
         for split in {"fit": ["train", "val"], "validate": ["val"], "test": ["test"]}[stage]:
             if split in self.datasets:
                 continue
-            instances = self.instances(split)
+            found = instances = self.instances(split)
             if split == "train" and not self.empty:
                 count = len(instances)
                 instances = [i for i in instances if not i.crowd.all()]
@@ -125,17 +96,15 @@ class BoxData(DataModule):
                         f"{count - len(instances)} of {count} training images show no object and are left out"
                     )
             if not instances:
-                raise DataError(f"the {split} split has no image" + (" with an object" if split == "train" else ""))
+                shown = f" with an object, of {len(found)} such as {found[0].path}" if found else ""
+                raise DataError(f"the {split} split has no image{shown}; look at its labels, or name another")
             augmentation = self.augmentation if split == "train" else None
             read = self.reader(self.read)
             self.datasets[split] = BoxDataset(instances, self.shorter, self.longer, augmentation, self.masks, read)
 
     def loader(self, split: str, **options: Any) -> DataLoader:
-        if split == "train":
-            dataset: Any = self.datasets[split]
-            groups = [i.width > i.height for i in dataset.instances]
-            drop = len(dataset) >= self.batch_size
-            options["batch_sampler"] = GroupedBatches(RandomSampler(dataset), self.batch_size, drop, groups)
+        if split == "train":  # upright or lying images together, so that little is padded
+            options["groups"] = [i.width > i.height for i in self.datasets[split].instances]  # type: ignore[attr-defined]
         return super().loader(split, collate_fn=collate, **options)
 
 

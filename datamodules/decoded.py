@@ -13,6 +13,7 @@ from uuid import uuid4
 import numpy as np
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 
+from datamodules.tars import Member
 from datamodules.transforms import Array, DataError
 
 HEADER = struct.Struct("<5q")
@@ -40,16 +41,18 @@ class Decoded:
     free: float = 20.0
 
     def __post_init__(self) -> None:
+        if not self.folder:
+            raise DataError("decoded pictures need a folder: data.decoded.folder is empty")
         if self.free < 0:
             raise DataError(f"free is how many gigabytes to leave free, 0 at least, got {self.free}")
 
-    def read(self, reader: Callable[..., Array], path: str, rows: int | None = None) -> Array:
+    def read(self, reader: Callable[..., Array], path: str | Member, rows: int | None = None) -> Array:
         """What `reader(path)` returns, or `rows` rows from its top, at least 1."""
         try:
-            status = os.stat(path)
+            status = os.stat(path.shard.path if isinstance(path, Member) else path)
         except OSError:
             return reader(path)  # which says what is wrong
-        name = f"{reader.__module__}.{reader.__qualname__} {os.path.abspath(path)}"
+        name = f"{reader.__module__}.{reader.__qualname__} {os.path.abspath(str(path))}"
         name = blake2b(os.fsencode(name), digest_size=16).hexdigest()
         place, stamp = os.path.join(self.folder, name[:2], name), (status.st_size, status.st_mtime_ns)
         image = load(place, stamp, rows)

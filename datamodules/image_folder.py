@@ -9,7 +9,7 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypedDict
+from typing import Any, ClassVar, TypedDict
 
 import torch
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
@@ -20,7 +20,9 @@ from torchvision.transforms import InterpolationMode, v2
 
 from datamodules.accuracy import Accuracy
 from datamodules.base import DataModule
+from datamodules.fields import read_text
 from datamodules.images import IMAGES, files_of
+from datamodules.tars import Member
 from datamodules.transforms import Array, DataError, read_upright
 
 
@@ -67,9 +69,9 @@ def centre(size: int, resize: int) -> v2.Transform:
 
 @dataclass(slots=True)
 class Labelled:
-    """A picture and its class, -1 where there is none."""
+    """A picture, by its file or its place in a shard, and its class, -1 where there is none."""
 
-    path: str
+    path: str | Member
     image_id: int
     label: int = -1
 
@@ -117,6 +119,9 @@ class ImageFolder(DataModule):
         DataError: if a split is missing, has fewer than two classes, an empty one, or one that training has not.
     """
 
+    read: ClassVar[Callable[..., Array]] = staticmethod(read_upright)
+    """RGB uint8 `[H, W, 3]` of an instance's path."""
+
     def __init__(
         self,
         root: str = "data/imagenet",
@@ -154,7 +159,7 @@ class ImageFolder(DataModule):
                 self.found[split] = of_list(path, self.root / self.images.get(split, str(path.parent)))
         return self.found[split]
 
-    def instances(self, split: str) -> list[Labelled]:
+    def instances(self, split: str) -> Sequence[Labelled]:
         number = {name: i for i, name in enumerate(self.class_names)}
         files = self.files(split)
         alien = sorted({label for _, label in files} - number.keys())
@@ -170,7 +175,7 @@ class ImageFolder(DataModule):
             if split not in self.datasets:
                 train = split == "train"
                 transform = self.augmentation.transform(self.size) if train else centre(self.size, self.resize)
-                self.datasets[split] = LabelDataset(self.instances(split), transform, self.reader(read_upright))
+                self.datasets[split] = LabelDataset(self.instances(split), transform, self.reader(self.read))
 
     def metric(self, split: str = "val") -> Metric:
         """Top-1 and top-5 accuracy."""
@@ -228,10 +233,9 @@ def of_list(path: Path, images: Path) -> list[tuple[Path, str]]:
     Raises:
         DataError: naming the list, and lines without a label or of pictures that do not exist.
     """
-    try:
-        text = path.read_text()
-    except OSError as error:
-        raise DataError(f"{path}: cannot be read ({error.strerror}); give a folder a class, or a list") from None
+    if not path.is_file():
+        raise DataError(f"{path}: no such file or folder; give a folder a class, or a list")
+    text = read_text(path)
     if path.suffix == ".csv":
         reader = csv.DictReader(text.splitlines())
         if not {"file_name", "label"} <= set(reader.fieldnames or []):
@@ -245,6 +249,26 @@ def of_list(path: Path, images: Path) -> list[tuple[Path, str]]:
     return [(images / name, label) for name, label in rows]
 
 
+def look_at(data: ImageFolder, splits: Sequence[str]) -> None:
+    """Read every picture of the splits, and print how many there are of the classes.
+
+    Raises:
+        DataError: naming what cannot be read.
+    """
+    for split in splits:
+        instances, broken = data.instances(split), []
+        for instance in instances:
+            try:
+                data.read(instance.path)
+            except DataError as error:
+                broken.append(str(error))
+        counts = Counter(data.class_names[i.label] for i in instances)
+        (least, low), (most, high) = counts.most_common()[-1], counts.most_common(1)[0]
+        print(f"{split}: {len(instances)} pictures, {len(counts)} classes of {low} ({least}) to {high} ({most})")
+        if broken:
+            raise DataError(f"{len(broken)} broken pictures:\n  " + "\n  ".join(broken[:20]))
+
+
 def main() -> None:
     """`check`: read every picture of the splits, and count the classes."""
     parser = argparse.ArgumentParser(prog="python -m datamodules.image_folder", description=main.__doc__)
@@ -252,19 +276,7 @@ def main() -> None:
     check.add_argument("root", help="folder with a folder of pictures a class in train/ and val/")
     args = parser.parse_args()
     try:
-        data = ImageFolder(args.root, workers=0)
-        for split in ("train", "val"):
-            instances, broken = data.instances(split), []
-            for instance in instances:
-                try:
-                    read_upright(instance.path)
-                except DataError as error:
-                    broken.append(str(error))
-            counts = Counter(data.class_names[i.label] for i in instances)
-            (least, low), (most, high) = counts.most_common()[-1], counts.most_common(1)[0]
-            print(f"{split}: {len(instances)} pictures, {len(counts)} classes of {low} ({least}) to {high} ({most})")
-            if broken:
-                raise DataError(f"{len(broken)} broken pictures:\n  " + "\n  ".join(broken[:20]))
+        look_at(ImageFolder(args.root, workers=0), ("train", "val"))
     except (DataError, OSError) as error:
         raise SystemExit(f"{type(error).__name__}: {error}") from None
 

@@ -16,6 +16,7 @@ from PIL import ExifTags, Image
 from datamodules.base import Instance, KeypointData, KeypointDataset, Keypoints
 from datamodules.checks import Report
 from datamodules.coco_file import read_json
+from datamodules.fields import ANNOTATION, mistyped
 from datamodules.transforms import DataError, read_upright
 from datamodules.video import Video
 
@@ -120,6 +121,9 @@ class Images(KeypointData):
         report, found, elsewhere = Report(path), [], []
         for number, item in enumerate(items):
             record = f"item {number}: {str(item)[:100]}"
+            if wrong := mistyped(item, {"category_id": ANNOTATION["category_id"]}):
+                report.add(f"boxes with a {wrong}", record)
+                continue
             try:
                 x, y, w, h, score = (float(v) for v in [*item["bbox"], item.get("score", 1.0)])
             except (TypeError, ValueError):
@@ -164,7 +168,7 @@ def upright_size(path: Path) -> tuple[int, int]:
     """
     try:
         with Image.open(path) as image:
-            turned = image.getexif().get(ExifTags.Base.Orientation, 1) > 4
+            turned = image.getexif().get(ExifTags.Base.Orientation) in (5, 6, 7, 8)
             return image.size[::-1] if turned else image.size
     except Exception:  # whatever is wrong, reading says it better
         height, width = read_upright(path).shape[:2]

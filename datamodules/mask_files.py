@@ -9,6 +9,7 @@ import numpy as np
 from PIL import Image
 
 from datamodules.transforms import Array, DataError
+from datamodules.whole import strictly
 
 IGNORE = 255
 """The label that does not count."""
@@ -114,7 +115,7 @@ def read_colours(path: str) -> Array:
 @contextmanager
 def opened(path: str) -> Iterator[Image.Image]:
     try:
-        with Image.open(path) as file:
+        with strictly(path) as file:
             yield file
     except FileNotFoundError:
         raise DataError(f"{path}: no such mask; every image needs one") from None

@@ -14,6 +14,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from torch.utils.data import DataLoader
 
 from datamodules.base import DataModule
+from datamodules.fields import read_text
 from datamodules.images import IMAGES, found_in
 from datamodules.mask_files import IGNORE, dims, read_mask
 from datamodules.masks import MaskData, MaskDataset, Masked, collate
@@ -54,9 +55,13 @@ class MaskFolder(MaskData):
     ) -> None:
         self.root, self.images, self.masks, self.suffix = Path(root), images, masks, suffix
         self.splits = {"train": train, "val": val, "test": test or val}
-        names, values, palette = meaning(self.listed(classes), ignore or ())
-        kwargs.setdefault("palette", palette)
-        super().__init__(names, values, **kwargs)
+        try:
+            names, values, palette = meaning(self.listed(classes), ignore or ())
+            kwargs.setdefault("palette", palette)
+            super().__init__(names, values, **kwargs)
+        except DataError as error:  # of names and values, which do not know where they are from
+            text = str(error)
+            raise DataError(text if root in text else f"{self.root}: {text}") from None
 
     def listed(self, classes: str | list[str] | dict[str, Any]) -> list[str] | Mapping[str, Any]:
         if not isinstance(classes, str):
@@ -67,7 +72,7 @@ class MaskFolder(MaskData):
                 f"{path}: no such file; write the classes' names there, one a line in the order of the masks' values, "
                 f"or give them by `classes: [sky, road, ...]`"
             )
-        names = [line.strip() for line in path.read_text().rstrip().splitlines()]
+        names = [line.strip() for line in read_text(path).rstrip().splitlines()]
         if "" in names:
             raise DataError(f"{path}: line {names.index('') + 1} is empty, so that the names behind it would shift")
         return names
@@ -99,7 +104,7 @@ class MaskFolder(MaskData):
             path = self.root / self.splits[split]
             if not path.is_file():
                 raise DataError(f"{path}: no such list of images; write one a line, or name the split's folder instead")
-            lines = [Path(line.strip()) for line in path.read_text().splitlines() if line.strip()]
+            lines = [Path(line.strip()) for line in read_text(path).splitlines() if line.strip()]
             wanted = {(p.with_suffix("") if p.suffix.lower() in IMAGES else p).as_posix() for p in lines}
             if missing := sorted(wanted - pictures.keys() - found.keys()):
                 raise DataError(f"{path}: {len(missing)} of its images are not in {images}, first {missing[:3]}")

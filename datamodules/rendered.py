@@ -26,6 +26,7 @@ from datamodules.coco_instances import boxed, read_instances
 from datamodules.image_folder import ImageFolder
 from datamodules.mask_folder import MaskFolder
 from datamodules.metrics import KeypointAP, KeypointError
+from datamodules.transforms import DataError
 
 
 @dataclass(frozen=True)
@@ -205,10 +206,11 @@ def write(
 
     Raises:
         OSError: `root` cannot be written.
-        ValueError: count below 1, or arguments that `draw` rejects.
+        DataError: count below 1.
+        ValueError: arguments that `draw` rejects.
     """
     if count < 1:
-        raise ValueError(f"count must be at least 1, not {count}")
+        raise DataError(f"{root}: {count} scenes to draw, at least 1 it must be (train, val)")
     root = Path(root)
     try:
         (root / "annotations").mkdir(parents=True, exist_ok=True)

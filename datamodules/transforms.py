@@ -2,14 +2,17 @@
 
 import math
 from dataclasses import dataclass
+from io import BytesIO
 from pathlib import Path
 from typing import Any
 
 import cv2
 import numpy as np
 from numpy.typing import NDArray
+from PIL import Image, ImageOps, UnidentifiedImageError
 
 from datamodules.jpeg import frame_of_jpeg, size_in, top_of_jpeg
+from datamodules.whole import strictly, whole
 
 Array = NDArray[Any]
 
@@ -45,14 +48,18 @@ def _bytes_of(path: str | Path) -> Array:
         data = np.fromfile(path, np.uint8)
     except OSError as error:
         raise DataError(f"{path}: cannot read the image ({error.strerror}); check the image folder") from None
-    if not len(data):
-        raise DataError(f"{path}: the image file is empty; copy it anew")
-    if not _ends(data):
-        _read_all(path)
+    _check_whole(path, data)
     return data
 
 
-def _decoded(path: str | Path, data: Array, flags: int = cv2.IMREAD_COLOR_RGB) -> Array:
+def _check_whole(path: object, data: Array) -> None:
+    if not len(data):
+        raise DataError(f"{path}: the image file is empty; copy it anew")
+    if not whole(data):
+        _read_all(path, data)
+
+
+def _decoded(path: object, data: Array, flags: int = cv2.IMREAD_COLOR_RGB) -> Array:
     image = cv2.imdecode(data, flags | cv2.IMREAD_IGNORE_ORIENTATION)
     if image is None:
         raise DataError(f"{path}: not an image OpenCV can read; convert it to JPEG or PNG, or remove its record")
@@ -83,22 +90,43 @@ def read_upright(path: str | Path, rows: int | None = None) -> Array:
     Raises:
         DataError: naming the file if it is missing, is no image, or is cut off.
     """
-    from PIL import Image, ImageOps, UnidentifiedImageError
-
     try:
-        with Image.open(path) as file:
+        return _upright(path, path)
+    except FileNotFoundError:
+        raise DataError(f"{path}: cannot read the image (no such file); check the image folder") from None
+    except UnidentifiedImageError as error:
+        if cv2.haveImageReader(str(path)):
+            return read_image(path)  # some formats only OpenCV knows
+        raise DataError(f"{path}: broken or no image ({error}); copy it anew, or remove it") from None
+
+
+def upright_of(data: bytes, name: object) -> Array:
+    """What `read_upright` returns for a file of these bytes; `name` is what messages call it.
+
+    Raises:
+        DataError: if it is no image, or is cut off.
+    """
+    try:
+        return _upright(name, BytesIO(data))
+    except UnidentifiedImageError:
+        values = np.frombuffer(data, np.uint8)
+        _check_whole(name, values)
+        return _decoded(name, values)
+
+
+def _upright(name: object, source: str | Path | BytesIO) -> Array:
+    try:
+        with strictly(source) as file:
             image = ImageOps.exif_transpose(file)
             if image.mode.startswith(("I", "F")):  # Pillow would cut 16 bits off at 255
                 values = np.asarray(image).astype(np.float32)
                 values /= 257 if values.max() > 255 else 1
                 return np.repeat(values.round().clip(0, 255).astype(np.uint8)[..., None], 3, axis=2)
             return np.array(image.convert("RGB"))
-    except FileNotFoundError:
-        raise DataError(f"{path}: cannot read the image (no such file); check the image folder") from None
+    except (FileNotFoundError, UnidentifiedImageError):
+        raise
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        if isinstance(error, UnidentifiedImageError) and cv2.haveImageReader(str(path)):
-            return read_image(path)  # some formats only OpenCV knows
-        raise DataError(f"{path}: broken or no image ({error}); copy it anew, or remove it") from None
+        raise DataError(f"{name}: broken or no image ({error}); copy it anew, or remove it") from None
 
 
 def rgb(image: Any) -> Array:
@@ -115,25 +143,14 @@ def rgb(image: Any) -> Array:
     return image
 
 
-def _ends(data: Array) -> bool:
-    """Whether a JPEG or PNG has its end marker near its end; other formats pass."""
-    start, end = data[:4].tobytes(), data[-64:].tobytes()
-    if start[:2] == b"\xff\xd8":
-        return b"\xff\xd9" in end
-    if start == b"\x89PNG":
-        return b"IEND" in end
-    return True
-
-
-def _read_all(path: str | Path) -> None:
+def _read_all(name: object, data: Array) -> None:
     """Decode with Pillow, which refuses files that OpenCV would silently complete."""
-    from PIL import Image
-
     try:
-        with Image.open(path) as image:
+        with strictly(BytesIO(data.tobytes())) as image:
             image.load()
-    except (OSError, SyntaxError) as error:
-        raise DataError(f"{path}: broken or truncated image ({error}); copy it anew, or leave it out") from None
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        reason = "cannot identify it" if isinstance(error, UnidentifiedImageError) else error
+        raise DataError(f"{name}: broken or truncated image ({reason}); copy it anew, or leave it out") from None
 
 
 def crop_of_box(box: Array, size: tuple[int, int], padding: float = 1.25) -> tuple[Array, Array]:
