@@ -1,6 +1,8 @@
 """Faults in annotations, found before the first step and told all at once, each with what it would have done."""
 
+import os
 from collections import defaultdict
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -9,6 +11,7 @@ import numpy as np
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 
 from datamodules.base import Keypoints
+from datamodules.fields import ANNOTATION, IMAGE, LIMIT, mistyped
 from datamodules.transforms import DataError, read_image
 
 
@@ -73,18 +76,28 @@ def check_keypoints(
             taken. decode: also decode every image (minutes for COCO); else only see that they exist.
     """
     report = Report(path)
-    sizes = check_images(report, content["images"], images, decode, {a.get("image_id") for a in content["annotations"]})
+    used = {a["image_id"] for a in content["annotations"] if isinstance(a.get("image_id"), int | str)}
+    sizes = check_images(report, content["images"], images, decode, used)
     seen: set[Any] = set()
-    inside_box = in_image = normalised = visible = hidden = 0
-    for i, a in enumerate(content["annotations"]):
+    known = {c.get("id") for c in content["categories"]}
+    sound, counts = plainly_sound(content["annotations"], sizes, categories, known, len(facts.names))
+    visible, hidden, inside_box, in_image, normalised = counts
+    for i in np.flatnonzero(~sound).tolist():
+        a = content["annotations"][i]
         name = f"annotation {a.get('id', f'number {i}')}"
+        if fault := mistyped(a, ANNOTATION):
+            report.add(fault, name, i)
+            continue
         if a.get("category_id") not in categories:
-            if a.get("category_id") not in {c.get("id") for c in content["categories"]}:
+            if a.get("category_id") not in known:
                 report.add("category_id that no category has: the record would be passed over in silence", name, i)
             continue
-        if a.get("id") is not None and a["id"] in seen:
+        if a.get("id") is None:
+            report.add("no id: COCO's evaluation could not tell the record from others", name, i)
+            continue
+        if a["id"] in seen:
             report.add("annotation ids used twice: COCO's evaluation would drop one of each", name, i)
-        seen.add(a.get("id"))
+        seen.add(a["id"])
         if a.get("image_id") not in sizes:
             report.add(
                 "image_id that no image has: the record has no picture", f"{name} (image_id {a.get('image_id')})", i
@@ -129,14 +142,93 @@ def check_keypoints(
             report.notes.append("no keypoint has v=2: with `hidden: ignore` nothing would be learned")
     elif content["annotations"] and not report.faults:
         report.add("no annotation has a labelled keypoint: nothing to learn or to evaluate", str(path))
-    wrong = sorted(
+    beyond = sorted(
         {tuple(e) for c in content["categories"] for e in c.get("skeleton") or [] if not _in(e, len(facts.names))}
     )
-    if wrong:
-        report.notes.append(f"skeleton {wrong} is not between 1 and {len(facts.names)} (COCO counts from 1): not drawn")
+    if beyond:
+        report.notes.append(
+            f"skeleton {beyond} is not between 1 and {len(facts.names)} (COCO counts from 1): not drawn"
+        )
     if not sizes or not content["annotations"]:
         report.add("an empty data set: no images or no annotations", str(path))
     return report
+
+
+def plainly_sound(
+    annotations: list[dict[str, Any]],
+    sizes: dict[Any, tuple[float, float]],
+    categories: list[int],
+    known: set[Any],
+    joints: int,
+) -> tuple[np.ndarray, list[int]]:
+    """Which annotations have no fault for certain `[N]`, found for all at once; the others are looked at one by one.
+
+    Of the labelled keypoints of those also: how many there are, are hidden, are within a box somewhat larger than
+    theirs, are within their image, and are 0 to 1.
+    """
+    nothing = np.zeros(len(annotations), dtype=bool), [0] * 5
+    try:
+        taken = np.array([a["category_id"] in categories for a in annotations], dtype=bool)
+        sound = np.array([t or a["category_id"] in known for t, a in zip(taken, annotations, strict=True)], dtype=bool)
+        used = [a for a, t in zip(annotations, taken, strict=True) if t]
+        lengths = {len(a["keypoints"]) for a in used}
+        if lengths != {3 * joints} or not once([a["id"] for a in used]).all() or not plain_flags(used):
+            return nothing
+        p = plain_numbers([a["keypoints"] for a in used]).reshape(-1, joints, 3)
+        size = np.array([sizes[a["image_id"]] for a in used], dtype=np.float64)
+        box = plain_numbers([a["bbox"] for a in used])
+        area = plain_numbers([a["area"] for a in used])
+        none = np.array([a.get("num_keypoints", 1) == 0 for a in used], dtype=bool)
+        none_known = np.array(["num_keypoints" in a for a in used], dtype=bool)
+        passed = np.array([bool(a.get("iscrowd", 0)) for a in used], dtype=bool) | ~p.any((1, 2))
+    except (KeyError, TypeError, ValueError, OverflowError):
+        return nothing
+    if box.shape != (len(used), 4):
+        return nothing
+    labelled = p[..., 2] > 0
+    fine = plain_boxes(box, size) & (box[:, 2:] > 0).all(1) & np.isfinite(area) & (area > 0)
+    fine &= (np.abs(p) <= LIMIT).all((1, 2)) & np.isin(p[..., 2], (0, 1, 2)).all(1)
+    fine &= ~none_known | (none == ~labelled.any(1))
+    sound[taken] = fine | passed
+    rows = np.flatnonzero(fine & ~passed)
+    labelled, p, size, box = labelled[rows], p[rows], size[rows, None], box[rows, None]
+    xy, margin = p[..., :2], 0.1 * box[..., 2:]
+    low, high = box[..., :2] - margin, box[..., :2] - margin + 1.2 * box[..., 2:]
+    inside = ((xy >= low) & (xy <= high)).all(2)
+    in_image = ((xy >= -1) & (xy <= size)).all(2)
+    normalised = ((xy >= 0) & (xy <= 1)).all(2)
+    counted = (labelled, p[..., 2] == 1, labelled & inside, labelled & in_image, labelled & normalised)
+    return sound, [int(c.sum()) for c in counted]
+
+
+def plain_boxes(boxes: np.ndarray, sizes: np.ndarray) -> np.ndarray:
+    """Which boxes x, y, w, h `[N, 4]` are finite, and neither outside their image (W, H) nor far beyond it."""
+    start, extent = boxes[:, :2], boxes[:, 2:]
+    end = start + extent
+    far = (end > 1.1 * sizes + 2).any(1) & (extent > start).all(1)
+    return (np.abs(boxes) <= LIMIT).all(1) & (start < sizes).all(1) & (end > 0).all(1) & ~far
+
+
+def once(values: Sequence[Any]) -> np.ndarray:
+    """Which of these whole numbers come only once, bool `[N]`; a TypeError if they are others."""
+    found = np.array(values)
+    if found.dtype.kind != "i":
+        raise TypeError(found.dtype)
+    _, place, count = np.unique(found, return_inverse=True, return_counts=True)
+    return count[place] == 1
+
+
+def plain_numbers(values: Sequence[Any]) -> np.ndarray:
+    """float64 of numbers, or of lists of as many; a TypeError if they are others."""
+    found = np.array(values)
+    if found.dtype.kind not in "if":
+        raise TypeError(found.dtype)
+    return found.astype(np.float64, copy=False)
+
+
+def plain_flags(annotations: Sequence[dict[str, Any]]) -> bool:
+    """Whether all say 0 or 1 of being a crowd, or nothing."""
+    return {a.get("iscrowd") for a in annotations} <= {None, 0, 1}
 
 
 def check_images(
@@ -150,11 +242,15 @@ def check_images(
     """
     sizes: dict[Any, tuple[float, float]] = {}
     place: dict[Any, int] = {}
+    files = Files(folder)
     for i, image in enumerate(images):
-        lacking = [k for k in ("id", "file_name", "width", "height") if k not in image]
+        lacking = [k for k in IMAGE if image.get(k) is None]
         if lacking:
             fault = f"image records without {', '.join(lacking)}: they cannot be found or cropped"
             report.add(fault, f"images[{i}]", image=i)
+            continue
+        if fault := mistyped(image, IMAGE):
+            report.add(f"images with a {fault}", f"images[{i}] ({str(image)[:80]})", image=i)
             continue
         if image["id"] in sizes:
             fault = "image ids used twice: labels would go to the wrong image"
@@ -162,18 +258,36 @@ def check_images(
             report.images.add(place[image["id"]])
         sizes[image["id"]], place[image["id"]] = (image["width"], image["height"]), i
         if used is None or image["id"] in used:
-            _check_image(report, image, i, folder, decode)
+            _check_image(report, image, i, files, decode)
     return sizes
 
 
-def _check_image(report: Report, image: dict[str, Any], i: int, folder: Path, decode: bool) -> None:
-    file = folder / image["file_name"]
-    if not file.is_file():
-        fault = f"images that are not in {folder}: check the folder (train_images, val_images)"
+class Files:
+    """Those below a folder, of which each folder is read once instead of asking for every file."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.names: dict[str, set[str]] = {}
+
+    def has(self, name: str) -> bool:
+        folder, file = os.path.split(os.path.join(self.folder, name))
+        if folder not in self.names:
+            try:
+                with os.scandir(folder) as entries:
+                    self.names[folder] = {entry.name for entry in entries if entry.is_file()}
+            except OSError:
+                self.names[folder] = set()
+        # Where letters' case does not matter, or folders must not be listed, a file is there that is not listed.
+        return file in self.names[folder] or os.path.isfile(os.path.join(folder, file))
+
+
+def _check_image(report: Report, image: dict[str, Any], i: int, files: "Files", decode: bool) -> None:
+    if not files.has(image["file_name"]):
+        fault = f"images that are not in {files.folder}: check the folder (train_images, val_images)"
         report.add(fault, image["file_name"], image=i)
     elif decode:
         try:
-            height, width = read_image(file).shape[:2]
+            height, width = read_image(files.folder / image["file_name"]).shape[:2]
         except DataError as error:
             report.add("images that cannot be read", str(error), image=i)
             return
@@ -204,7 +318,7 @@ def _check_instance(
             f"{name} ({box}, image {size})",
             i,
         )
-    if "area" not in a:
+    if a.get("area") is None:
         report.add(
             "no area: OKS is measured against it, COCO's evaluation cannot run (`area_from_box: true` fills it in)",
             name,

@@ -201,6 +201,13 @@ def rank_in(*keys: Array) -> Array:
     return place - np.maximum.accumulate(np.where(new, place, 0))
 
 
+def listed(annotation: dict[str, Any]) -> dict[str, Any]:
+    """A copy, since the tools write to it, with polygons as they know them."""
+    polygons = annotation.get("segmentation")
+    lists = {"segmentation": [np.asarray(p).tolist() for p in polygons]} if isinstance(polygons, list) else {}
+    return annotation | lists
+
+
 def reference(
     truth: dict[str, Any],
     items: list[dict[str, Any]],
@@ -223,7 +230,7 @@ def reference(
         from pycocotools.cocoeval import COCOeval
     with contextlib.redirect_stdout(io.StringIO()):  # both print tables and timings
         ground = COCO()
-        ground.dataset = truth | {"annotations": [dict(a) for a in truth["annotations"]]}  # will be written to
+        ground.dataset = truth | {"annotations": [listed(a) for a in truth["annotations"]]}
         ground.createIndex()
         evaluator = COCOeval(ground, ground.loadRes([dict(item) for item in items]), kind)
         if sigmas is not None:

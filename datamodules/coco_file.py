@@ -1,9 +1,11 @@
 """One annotation file in COCO's keypoint format: what it says of the skeleton, its people, and a detector's boxes."""
 
+import gc
 import json
 import re
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +13,10 @@ import numpy as np
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 
 from datamodules.base import Instance, Keypoints
+from datamodules.fields import ANNOTATION, mistyped, numbers, records
 from datamodules.transforms import DataError
 
+LISTS = ("images", "annotations", "categories")
 SIGMAS = {
     "nose": 0.026,
     "eye": 0.025,
@@ -38,20 +42,35 @@ def paths_of(
     }
 
 
-def read_json(path: str | Path) -> Any:
+@contextmanager
+def without_collection() -> Iterator[None]:
+    """Millions of new objects, none of which is garbage: looking for it takes longer than making them."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
+
+
+def read_json(path: str | Path, record: Callable[[dict[str, Any]], Any] | None = None) -> Any:
     """The content of a JSON file.
+
+    Args:
+        record: what becomes of each object as soon as it is read, so that what is not kept never adds up.
 
     Raises:
         DataError: naming the file, and the place where it stops being JSON.
     """
     try:
-        with open(path) as file:
-            return json.load(file)
+        with open(path) as file, without_collection():
+            return json.load(file, object_hook=record)
     except OSError as error:
         raise DataError(
             f"{path}: cannot read the annotation file ({error.strerror}); check root and file name"
         ) from None
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+    except (ValueError, RecursionError) as error:
         raise DataError(f"{path}: not valid JSON ({error}); was the download or the export cut off?") from None
 
 
@@ -79,17 +98,8 @@ class CocoFile:
         sigmas: Sequence[float] | None = None,
     ) -> None:
         self.path, self.images = Path(path), Path(images)
-        content = read_json(path)
-        missing = [
-            k for k in ("images", "annotations", "categories") if not isinstance(content, dict) or k not in content
-        ]
-        if missing:
-            raise DataError(
-                f"{path}: no list {', '.join(missing)}; a COCO keypoint file holds images, annotations and categories"
-            )
-        for annotation in content["annotations"]:
-            annotation.pop("segmentation", None)  # not read here, and most of COCO's memory
-        self.content: dict[str, Any] = content
+        content = read_json(path, without_outline)  # not read here, and most of COCO's memory
+        self.content = records(content, path, LISTS, "a COCO keypoint file")
         self.categories, names, skeleton = self._category(category)
         self.facts = Keypoints(
             names=names,
@@ -102,7 +112,7 @@ class CocoFile:
 
     def _category(self, wanted: str | None) -> tuple[list[int], list[str], list[list[int]]]:
         categories = self.content["categories"]
-        chosen = [c for c in categories if "keypoints" in c and wanted in (None, c.get("name"))]
+        chosen = [c for c in categories if c.get("keypoints") is not None and wanted in (None, c.get("name"))]
         if not chosen:
             there = [c.get("name") for c in categories]
             raise DataError(
@@ -112,47 +122,50 @@ class CocoFile:
         lists = {tuple(c["keypoints"]) for c in chosen}
         if len(lists) > 1:
             raise DataError(
-                f"{self.path}: categories {[c['name'] for c in chosen]} have different keypoints; "
+                f"{self.path}: categories {[c.get('name') for c in chosen]} have different keypoints; "
                 f"choose one by `category`"
             )
         names = list(lists.pop())
         ids = [c["id"] for c in chosen]
         if not names:  # some converters leave the names out
-            lengths = Counter(len(a["keypoints"]) for a in self.content["annotations"] if "keypoints" in a)
+            lengths = Counter(len(a["keypoints"]) for a in self.content["annotations"] if numbers(a.get("keypoints")))
             if not lengths:
                 raise DataError(f"{self.path}: neither the category nor any annotation has keypoints")
             names = [f"keypoint_{i + 1}" for i in range(lengths.most_common(1)[0][0] // 3)]
-        return ids, names, chosen[0].get("skeleton", [])
+        return ids, names, chosen[0].get("skeleton") or []
 
     def instances(self) -> list[Instance]:
         """Those with at least one labelled keypoint, boxes clipped to the image, crowd left out (official coco.py)."""
         images = {image["id"]: image for image in self.content["images"]}
-        found = []
-        for a in self.content["annotations"]:
-            if a.get("category_id") not in self.categories or a.get("iscrowd", 0) or not any(a.get("keypoints", [])):
-                continue
-            image = images[a["image_id"]]
-            x, y, w, h = a["bbox"]
-            x1, y1 = max(0.0, x), max(0.0, y)
-            x2 = min(image["width"] - 1.0, x1 + max(0.0, w - 1))
-            y2 = min(image["height"] - 1.0, y1 + max(0.0, h - 1))
-            if a.get("area", w * h) <= 0 or x2 < x1 or y2 < y1:
-                continue
-            points = np.array(a["keypoints"], dtype=np.float64).reshape(-1, 3)
-            found.append(
-                Instance(
-                    path=str(self.images / image["file_name"]),
-                    image_id=a["image_id"],
-                    box=np.array([x1, y1, x2 - x1, y2 - y1]),
-                    keypoints=points[:, :2],
-                    visible=points[:, 2],
-                    id=a["id"],
-                    category_id=a["category_id"],
-                    area=a.get("area", w * h),
-                    norm=max(w, h),
-                )
+        paths = {image["id"]: str(self.images / image["file_name"]) for image in self.content["images"]}
+        taken = [
+            a
+            for a in self.content["annotations"]
+            if a.get("category_id") in self.categories and not a.get("iscrowd", 0) and any(a.get("keypoints", []))
+        ]
+        given = np.array([a["bbox"] for a in taken], dtype=np.float64).reshape(-1, 4)
+        size = [(images[a["image_id"]]["width"], images[a["image_id"]]["height"]) for a in taken]
+        low = given[:, :2].clip(0)
+        high = np.minimum(np.array(size).reshape(-1, 2) - 1.0, low + (given[:, 2:] - 1).clip(0))
+        area = [a.get("area", a["bbox"][2] * a["bbox"][3]) for a in taken]
+        kept = np.flatnonzero(~(np.array(area) <= 0) & ~(high < low).any(1)).tolist()
+        # Each instance has its rows of these arrays, which processes share page by page.
+        boxes = np.concatenate([low, high - low], 1)
+        points = np.array([a["keypoints"] for a in taken], dtype=np.float64).reshape(-1, len(self.facts.names), 3)
+        return [
+            Instance(
+                path=paths[taken[i]["image_id"]],
+                image_id=taken[i]["image_id"],
+                box=boxes[i],
+                keypoints=points[i, :, :2],
+                visible=points[i, :, 2],
+                id=taken[i]["id"],
+                category_id=taken[i]["category_id"],
+                area=area[i],
+                norm=max(taken[i]["bbox"][2:]),
             )
-        return found
+            for i in kept
+        ]
 
     def detections(self, path: str | Path, threshold: float = 0.0) -> list[Instance]:
         """Instances of a detector's boxes in COCO-results JSON (image_id, category_id, bbox, score) for these images.
@@ -162,8 +175,11 @@ class CocoFile:
         """
         items = read_json(path)
         wanted = {"image_id", "category_id", "bbox", "score"}
-        if not isinstance(items, list) or any(wanted - item.keys() for item in items):
+        if not isinstance(items, list) or any(not isinstance(x, dict) or None in map(x.get, wanted) for x in items):
             raise DataError(f"{path}: a box file is a list of objects with {', '.join(sorted(wanted))}")
+        fields = {k: ANNOTATION[k] for k in wanted}
+        if wrong := [(i, text) for i, item in enumerate(items) if (text := mistyped(item, fields))]:
+            raise DataError(f"{path}: {len(wrong)} boxes with faults, the first, item {wrong[0][0]}, has {wrong[0][1]}")
         images = {image["id"]: image for image in self.content["images"]}
         k = len(self.facts.names)
         found = [
@@ -185,10 +201,16 @@ class CocoFile:
                 f"{path}: none of its {len(items)} boxes is of category {self.categories} in an image of {self.path}; "
                 f"compare the image and category ids of both files"
             )
-        bad = [i for i in found if not (np.isfinite(i.box).all() and i.box[2] > 0 and i.box[3] > 0)]
+        sound = [i.box.shape == (4,) and np.isfinite(i.box).all() and (i.box[2:] > 0).all() for i in found]
+        bad = [i for i, fits in zip(found, sound, strict=True) if not fits]
         if bad:
             raise DataError(f"{path}: {len(bad)} boxes are not x, y, width, height; item {bad[0].id} is {bad[0].box}")
         return found
+
+
+def without_outline(record: dict[str, Any]) -> dict[str, Any]:
+    record.pop("segmentation", None)
+    return record
 
 
 def pairs_of(names: Sequence[str], path: str | Path = "") -> list[list[int]]:

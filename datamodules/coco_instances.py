@@ -4,7 +4,7 @@
 """
 
 import argparse
-from collections import Counter, defaultdict
+from collections import Counter
 from pathlib import Path
 from typing import Any, Literal
 
@@ -14,8 +14,9 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from datamodules.box_checks import check_instances
 from datamodules.box_data import BoxData
 from datamodules.boxes import BoxDataset, Boxed
-from datamodules.coco_file import paths_of, read_json
+from datamodules.coco_file import LISTS, paths_of, read_json, without_outline
 from datamodules.drawing import draw_boxes, fitted, grid, write_image
+from datamodules.fields import records, whole
 from datamodules.mask_files import distinct
 from datamodules.transforms import DataError
 
@@ -73,7 +74,7 @@ class CocoInstances(BoxData):
             content = read_instances(path, self.masks)
             there = {c["id"]: c["name"] for c in content["categories"]}
             wrong = [n for i, n in zip(self.category_ids, self.class_names, strict=True) if there.get(i) != n]
-            used = Counter(a.get("category_id") for a in content["annotations"])
+            used = Counter(a["category_id"] for a in content["annotations"] if whole(a.get("category_id")))
             alone = [there[i] for i in there if i not in self.category_ids and used[i]] if self.all_classes else []
             if alone:
                 raise DataError(
@@ -99,6 +100,8 @@ class CocoInstances(BoxData):
         for note in report.notes:
             rank_zero_warn(f"{path}: {note}")
         report.drop_from(content)
+        if not content["images"]:
+            raise DataError(f"{path}: every image of it has faults, none is left; mend them")
         return boxed(content, images, self.category_ids, self.masks)
 
     def truth(self, split: str) -> dict[str, Any]:
@@ -106,57 +109,70 @@ class CocoInstances(BoxData):
 
 
 def read_instances(path: Path, masks: bool) -> dict[str, Any]:
-    """The content of a COCO instances file; without masks their outlines, most of its memory, are left out.
+    """The content of a COCO instances file; without masks their outlines, most of its memory, are left out,
+    and with them polygons are float64 arrays.
 
     Raises:
         DataError: if it is none.
     """
-    content = read_json(path)
-    wanted = ("images", "annotations", "categories")
-    missing = [k for k in wanted if not isinstance(content, dict) or not isinstance(content.get(k), list)]
-    if missing:
-        raise DataError(f"{path}: no list {', '.join(missing)}; a COCO file holds {', '.join(wanted)}")
-    if not content["categories"] or any("id" not in c or "name" not in c for c in content["categories"]):
+    content = records(read_json(path, compact if masks else without_outline), path, LISTS, "a COCO file")
+    if not content["categories"] or any(c.get("name") is None for c in content["categories"]):
         raise DataError(f"{path}: `categories` is empty, or lacks an id or a name; predictions could not be told apart")
     for annotation in content["annotations"]:
         annotation.pop("keypoints", None)
-        if not masks:
-            annotation.pop("segmentation", None)
     return content
+
+
+def compact(record: dict[str, Any]) -> dict[str, Any]:
+    """Polygons as arrays, a quarter of the memory that lists of numbers take; what is none is left as it is."""
+    if isinstance(polygons := record.get("segmentation"), list):
+        record["segmentation"] = [array_of(p) for p in polygons]
+    return record
+
+
+def array_of(polygon: Any) -> Any:
+    try:
+        found = np.array(polygon)
+    except ValueError:
+        return polygon
+    return found.astype(np.float64, copy=False) if found.ndim == 1 and found.dtype.kind in "if" else polygon
 
 
 def boxed(content: dict[str, Any], images: Path, ids: list[int], masks: bool) -> list[Boxed]:
     """All images of a checked file; boxes cut at the image's border, and those of no extent left out (official
     coco.py)."""
     label = {category: i for i, category in enumerate(ids)}
-    parts = defaultdict(list)
-    for a in content["annotations"]:
-        if a["category_id"] in label and min(a["bbox"][2:]) >= 1 and (a.get("area") is None or a["area"] > 0):
-            parts[a["image_id"]].append(a)
+    place = {image["id"]: i for i, image in enumerate(content["images"])}
+    taken = [a for a in content["annotations"] if a["category_id"] in label and a["image_id"] in place]
+    box = np.array([a["bbox"] for a in taken], dtype=np.float64).reshape(-1, 4)
+    area = np.array([1 if a.get("area") is None else a["area"] for a in taken])
+    own = np.array([place[a["image_id"]] for a in taken], dtype=np.int64)
+    rows = np.flatnonzero((box[:, 2:] >= 1).all(1) & (area > 0))
+    rows = rows[np.argsort(own[rows], kind="stable")]
+    # Each image has its rows of these arrays, which processes share page by page.
+    size = np.array([(image["width"], image["height"]) for image in content["images"]]).reshape(-1, 2)
+    start, extent = box[rows, :2], box[rows, 2:]
+    boxes = np.concatenate([start, start + extent], 1).clip(0, np.tile(size[own[rows]], 2))
+    chosen = [taken[i] for i in rows.tolist()]
+    labels = np.array([label[a["category_id"]] for a in chosen], dtype=np.int64)
+    crowd = np.array([bool(a.get("iscrowd")) for a in chosen], dtype=bool)
+    ends = np.searchsorted(own[rows], np.arange(len(size) + 1)).tolist()
     found = []
-    for image in content["images"]:
-        own = parts[image["id"]]
-        boxes = np.array([a["bbox"] for a in own], dtype=np.float64).reshape(-1, 4)
-        boxes[:, 2:] += boxes[:, :2]
-        boxes = boxes.clip(0, np.tile([image["width"], image["height"]], 2))
+    for image, first, last in zip(content["images"], ends, ends[1:], strict=False):
+        part = slice(first, last)
         found.append(
             Boxed(
                 str(images / image["file_name"]),
                 image["id"],
                 image["width"],
                 image["height"],
-                boxes,
-                np.array([label[a["category_id"]] for a in own], dtype=np.int64),
-                np.array([bool(a.get("iscrowd")) for a in own], dtype=bool),
-                [compact(a["segmentation"]) for a in own] if masks else [],
+                boxes[part],
+                labels[part],
+                crowd[part],
+                [a["segmentation"] for a in chosen[part]] if masks else [],
             )
         )
     return found
-
-
-def compact(segmentation: Any) -> Any:
-    """Polygons as arrays, a tenth of the memory that lists of numbers take."""
-    return segmentation if isinstance(segmentation, dict) else [np.array(p, np.float32) for p in segmentation]
 
 
 def main() -> None:

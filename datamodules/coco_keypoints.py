@@ -15,6 +15,7 @@ from datamodules.base import Instance, KeypointData, KeypointDataset
 from datamodules.checks import check_keypoints
 from datamodules.coco_file import CocoFile, paths_of
 from datamodules.drawing import draw_keypoints, grid, write_image
+from datamodules.fields import numbers
 from datamodules.metrics import KeypointAP, KeypointError
 from datamodules.transforms import DataError
 
@@ -80,7 +81,8 @@ class CocoKeypoints(KeypointData):
             file = same or CocoFile(annotations, images, self.category, self.given_pairs, self.given_sigmas)
             if self.area_from_box:
                 for a in file.content["annotations"]:
-                    a.setdefault("area", 0.53 * a["bbox"][2] * a["bbox"][3])
+                    if "area" not in a and numbers(a.get("bbox")) and len(a["bbox"]) == 4:
+                        a["area"] = 0.53 * a["bbox"][2] * a["bbox"][3]
             known = next(iter(self.files.values()), None)
             if known is not None and known.facts.names != file.facts.names:
                 raise DataError(

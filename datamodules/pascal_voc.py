@@ -15,6 +15,7 @@ from datamodules.box_checks import check_boxed, tell
 from datamodules.box_data import BoxData
 from datamodules.boxes import Boxed
 from datamodules.checks import Report
+from datamodules.fields import read_text
 from datamodules.images import IMAGES
 from datamodules.transforms import DataError
 
@@ -62,7 +63,7 @@ class PascalVoc(BoxData):
         folder, _, name = part.rpartition("/")
         place = self.root / folder / "ImageSets" / "Main" / f"{name}.txt"
         if place.is_file():
-            stems = [line.split()[0] for line in place.read_text().splitlines() if line.strip()]
+            stems = [line.split()[0] for line in read_text(place).splitlines() if line.strip()]
             files = [self.root / folder / "Annotations" / f"{stem}.xml" for stem in stems]
             if missing := [f for f in files if not f.is_file()]:
                 raise DataError(

@@ -15,6 +15,7 @@ from datamodules.box_checks import check_boxed, tell
 from datamodules.box_data import BoxData
 from datamodules.boxes import Boxed
 from datamodules.checks import Report
+from datamodules.fields import read_text
 from datamodules.images import files_of, upright_size
 from datamodules.transforms import DataError, read_upright
 
@@ -41,16 +42,16 @@ class Yolo(BoxData):
         self.file = Path(root) / "data.yaml" if Path(root).is_dir() else Path(root)
         self.faulty = faulty
         try:
-            self.content = yaml.safe_load(self.file.read_text())
-        except (OSError, yaml.YAMLError) as error:
+            self.content = yaml.safe_load(read_text(self.file))
+        except (ValueError, RecursionError, yaml.YAMLError) as error:  # an impossible date is a ValueError
             raise DataError(f"{self.file}: not a readable data.yaml ({error})") from None
         names = self.content.get("names") if isinstance(self.content, dict) else None
         if isinstance(names, dict):
-            if sorted(names) != list(range(len(names))):
-                raise DataError(f"{self.file}: `names` must count from 0 without gaps, got {sorted(names)}")
+            if {*names} != {*range(len(names))}:
+                raise DataError(f"{self.file}: `names` must count from 0 without gaps, got {[*names]}")
             names = [names[i] for i in range(len(names))]
-        if not names:
-            raise DataError(f"{self.file}: no `names`: the classes in the order of their numbers")
+        if not names or not isinstance(names, list) or not all(isinstance(name, str | int) for name in names):
+            raise DataError(f"{self.file}: no `names`: a list of the classes in the order of their numbers")
         super().__init__([str(name) for name in names], **kwargs)
 
     def images(self, split: str) -> list[Path]:
@@ -58,9 +59,11 @@ class Yolo(BoxData):
         given = self.content.get(split) or (self.content.get("val") if split == "test" else None)
         if not given:
             raise DataError(f"{self.file}: says nothing of {split}")
-        base = self.file.parent / (self.content.get("path") or "")
-        files = []
-        for part in [given] if isinstance(given, str) else given:
+        base, parts = self.content.get("path") or "", given if isinstance(given, list) else [given]
+        if wrong := [place for place in (base, *parts) if not isinstance(place, str) or "\0" in place]:
+            raise DataError(f"{self.file}: `path` and {split} name folders or files, not {wrong[0]!r:.40}")
+        base, files = self.file.parent / base, []
+        for part in parts:
             # Exports disagree on what "../train/images" starts from; what is there counts.
             places = [base / part, self.file.parent / part, self.file.parent / str(part).removeprefix("../")]
             place = next((p for p in places if p.exists()), None)
@@ -99,7 +102,7 @@ class Yolo(BoxData):
     def lines(self, file: Path, report: Report) -> list[tuple[int, Any]]:
         """Class and fractions of every sound line of a label file."""
         found = []
-        for number, line in enumerate(file.read_text().splitlines() if file.is_file() else [], 1):
+        for number, line in enumerate(read_text(file).splitlines() if file.is_file() else [], 1):
             if not line.strip():
                 continue
             where = f"{file}:{number}"
@@ -111,7 +114,7 @@ class Yolo(BoxData):
             points = np.array(numbers)
             if len(numbers) != 4 and (len(numbers) < 6 or len(numbers) % 2):
                 report.add("lines that are not a class and 4 numbers, or a class and corners", where)
-            elif label != int(label) or not 0 <= label < self.num_classes:
+            elif not label.is_integer() or not 0 <= label < self.num_classes:
                 report.add(f"classes other than 0 to {self.num_classes - 1}", f"{where} ({label:g})")
             elif not (np.isfinite(points).all() and (points >= -0.01).all() and (points <= 1.01).all()):
                 report.add("numbers that are no fractions of the image (pixels?)", where)

@@ -14,9 +14,7 @@ import torch
 import yaml
 from PIL import Image
 from pycocotools import mask as rle
-from torch.utils.data import SequentialSampler
 
-from datamodules.box_data import GroupedBatches
 from datamodules.boxes import BoxAugmentation, BoxDataset, Boxed, collate
 from datamodules.coco_instances import CocoInstances
 from datamodules.pascal_voc import PascalVoc
@@ -230,21 +228,6 @@ def test_a_batch_is_padded_with_the_mean(tmp_path):
     assert batch["image"].shape == (2, 3, 64, 64)
     assert batch["image"][0, :, 40:].unique().tolist() == [104, 116, 124]
     assert not batch["image"][0, :, :40].any()
-
-
-@pytest.mark.parametrize("drop_last", [False, True])
-@pytest.mark.parametrize("count", [8, 21])
-def test_grouped_batches(count, drop_last):
-    rng = np.random.default_rng(count)
-    groups = (rng.random(count) < 0.4).tolist()
-    sampler = GroupedBatches(SequentialSampler(range(count)), 4, drop_last, groups)
-    batches = list(sampler)
-    assert len(batches) == len(sampler)  # or processes would wait for each other
-    seen = [i for batch in batches for i in batch]
-    assert len(seen) == len(set(seen)) == (count // 4 * 4 if drop_last else count)
-    mixed = [len({groups[i] for i in batch}) > 1 for batch in batches]
-    assert sum(mixed) <= 1
-    assert not any(mixed[:-2])
 
 
 def test_rendered_boxes_fit_their_masks(cache):

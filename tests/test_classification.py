@@ -74,7 +74,7 @@ def test_mixed_labels_are_learned(batch):
 def test_frozen_parts_do_not_move(batch):
     task = build(freeze=["backbone.conv1", "backbone.bn1", "backbone.stage2"]).train()
     before = {k: v.clone() for k, v in task.state_dict().items()}
-    task.on_train_epoch_start()
+    task.on_train_start()
     optimizer = torch.optim.SGD(task.parameters(), lr=0.1)
     task.loss(task(batch["image"]), batch)["label"].backward()
     optimizer.step()

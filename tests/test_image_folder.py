@@ -91,7 +91,7 @@ def test_lists(root):
         ("a.csv", "file,class\nx,y\n", "columns file_name and label"),
         ("a.csv", "file_name,label\nabsent.png,cat\n", r"1 of 1 .*absent\.png"),
         ("a.txt", "train/cat/0.png\n", "no label"),
-        ("b.txt", None, "cannot be read"),
+        ("b.txt", None, "no such file"),
     ],
 )
 def test_faulty_lists(name, text, message, root):

@@ -169,6 +169,17 @@ def test_flipped_image_gives_flipped_prediction(decoding, batch):
 
 
 @torch.no_grad()
+def test_flip_test_is_one_pass(batch):
+    task, passes = build(), []
+    task.backbone.register_forward_hook(lambda *_: passes.append(1))
+    at_once = task.predict_step(batch, 0)
+    assert len(passes) == 1
+    straight, mirrored = (task.heatmaps(task(x)) for x in (batch["image"], batch["image"].flip(-1)))
+    torch.testing.assert_close(at_once["heatmap"], task.codec.merge(straight, mirrored, task.flip_index))
+    torch.testing.assert_close(task.predict(task(batch["image"]), batch)["heatmap"], at_once["heatmap"])
+
+
+@torch.no_grad()
 def test_without_the_flip_test_it_does_not(batch):
     task = build(codec=Heatmap(encoding="udp"), udp=True, flip_test=False)
     mirrored = task.predict_step({**batch, "image": batch["image"].flip(-1)}, 0)

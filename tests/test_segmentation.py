@@ -173,6 +173,18 @@ def test_prediction_is_the_protocols(batch):
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("window", [None, (64, 96)])
+def test_what_is_known_of_the_image_serves_the_image_alone(window, batch):
+    """Not a part of the same size of a larger one."""
+    task, passes = build(evaluation=Protocol(window, scales=(1.0, 2.0), flip=True)), []
+    expected = task.scores([], batch["image"], (64, 96))
+    features = task.features(batch)
+    task.backbone.register_forward_hook(lambda *_: passes.append(1))
+    assert torch.equal(task.scores(features, batch["image"], (64, 96)), expected)
+    assert len(passes) == (1 if window is None else 1 + 3 * 3)
+
+
+@torch.no_grad()
 def test_prediction_mirrors_with_the_image(batch):
     task = build(evaluation=Protocol(flip=True), flip_pairs=[[1, 2]])
     here, there = (task.predict([], batch | {"image": x})["label"] for x in (batch["image"], batch["image"].flip(-1)))
@@ -184,16 +196,16 @@ def test_prediction_mirrors_with_the_image(batch):
 @pytest.mark.parametrize(
     ("evaluation", "looks"),
     [
-        (Protocol(), [(64, 96)]),
-        (Protocol(flip=True), [(64, 96)] * 2),
-        (Protocol((64, 96)), [(64, 96)]),
-        (Protocol((64, 64), stride=1), [(64, 64)] * 2),
+        (Protocol(), [(2, 64, 96)]),
+        (Protocol(flip=True), [(4, 64, 96)]),
+        (Protocol((64, 96)), [(2, 64, 96)]),
+        (Protocol((64, 64), stride=1), [(2, 64, 64)] * 2),
     ],
 )
 def test_nothing_is_computed_twice(evaluation, looks, batch):
     """Nor, with windows, the whole image, which may be too large."""
     task, seen = build(evaluation=evaluation), []
-    task.backbone.register_forward_pre_hook(lambda module, args: seen.append(tuple(args[0].shape[-2:])))
+    task.backbone.register_forward_pre_hook(lambda module, args: seen.append((len(args[0]), *args[0].shape[-2:])))
     task.predict_step(batch, 0)
     assert seen == looks
     seen.clear()
