@@ -8,7 +8,10 @@ import hashlib
 import json
 import pickle
 import re
+import zipfile
 from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, is_dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -19,6 +22,7 @@ from torch import Tensor, nn
 
 from hrnet.backbone import PRESETS, HRNetConfig, resolve
 from hrnet.dialects import DIALECTS, from_dialect, recognise
+from hrnet.download import DownloadError, fetched
 from hrnet.protocols import last_layer, protocol_of
 
 ARRAY, SCALAR = np.zeros(0).__reduce__()[0], np.float64(0).__reduce__()[0]
@@ -62,15 +66,16 @@ class Checkpoint:
     def config(self) -> HRNetConfig:
         """The network, told by the tensors' shapes and by what the protocol knows of it."""
         state = self.state
-        stages = [count(state, f"backbone.stage{i}.") for i in (2, 3, 4)]
-        shape = {
-            "width": len(state["backbone.stage2.0.branches.0.0.conv1.weight"]),
-            "modules": (stages[0], stages[1], stages[2]),
-            "blocks": count(state, "backbone.stage2.0.branches.0."),
-            "stem": (count(state, "backbone.layer1."), len(state["backbone.layer1.0.conv1.weight"])),
-            "in_channels": state["backbone.conv1.weight"].shape[1],
-        }
-        return HRNetConfig(**shape | self.protocol.get("backbone", {}))
+        with told(self.path):
+            stages = [count(state, f"backbone.stage{i}.") for i in (2, 3, 4)]
+            shape = {
+                "width": len(state["backbone.stage2.0.branches.0.0.conv1.weight"]),
+                "modules": (stages[0], stages[1], stages[2]),
+                "blocks": count(state, "backbone.stage2.0.branches.0."),
+                "stem": (count(state, "backbone.layer1."), len(state["backbone.layer1.0.conv1.weight"])),
+                "in_channels": state["backbone.conv1.weight"].shape[1],
+            }
+            return HRNetConfig(**shape | self.protocol.get("backbone", {}))
 
     @property
     def head(self) -> str:
@@ -127,15 +132,23 @@ def read(path: str | Path, trust: bool = False, dialect: str | None = None) -> C
     if str(path).startswith("timm:"):
         content = timm_model(str(path).removeprefix("timm:"))
     else:
-        content = from_file(fetched(str(path)) if "://" in str(path) else Path(path), trust)
+        try:
+            file = fetched(str(path)) if "://" in str(path) else Path(path)
+        except DownloadError as error:
+            raise WeightsError(str(error)) from None
+        content = from_file(file, trust)
     meta: Any = {}
     if isinstance(content, dict):  # of OpenMMLab's files, and of ours
-        meta = content.get("meta") or {"hyper_parameters": content.get("hyper_parameters")}
+        meta = content.get("meta")
+        meta = meta if meta and isinstance(meta, dict) else {"hyper_parameters": content.get("hyper_parameters")}
     elif hasattr(content, "pretrained_cfg"):
         meta = {"timm": content.pretrained_cfg}
     beside = Path(path).with_name("config.json")
     if not meta.get("hyper_parameters") and Path(path).suffix == ".safetensors" and beside.is_file():
-        meta = {"timm": json.loads(beside.read_text()).get("pretrained_cfg")}  # as timm's models are downloaded
+        try:
+            meta = {"timm": json.loads(beside.read_text()).get("pretrained_cfg")}  # as timm's models are downloaded
+        except (ValueError, AttributeError) as error:
+            raise WeightsError(f"{beside}: not timm's description of a model ({error}); copy it anew") from None
     if isinstance(content, nn.Module):  # some official files hold the whole module
         content = content.state_dict()
     for wrapper in ("state_dict", "model"):
@@ -152,11 +165,29 @@ def read(path: str | Path, trust: bool = False, dialect: str | None = None) -> C
         raise WeightsError(f"{path}: no HRNet in it (no stage2.*); its keys begin with {grouped(list(tensors))}")
     if name not in DIALECTS:
         raise WeightsError(f"unknown dialect {name!r}; there are {', '.join(DIALECTS)}")
-    state, others = from_dialect(tensors, name)
-    if "backbone.stage2.0.branches.0.0.conv1.weight" not in state:
-        raise WeightsError(f"{path}: its names are not those of {name}: they begin with {grouped(list(tensors))}")
-    others = [k for k in others if not k.startswith("loss.")]
-    return Checkpoint(str(path), state, name, others, protocol_of(name, state, meta))
+    with told(path):
+        state, others = from_dialect(tensors, name)
+        if "backbone.stage2.0.branches.0.0.conv1.weight" not in state:
+            raise WeightsError(f"{path}: its names are not those of {name}: they begin with {grouped(list(tensors))}")
+        others = [k for k in others if not k.startswith("loss.")]
+        found = Checkpoint(str(path), state, name, others, protocol_of(name, state, meta))
+    if "backbone.conv1.weight" in state and "backbone.layer1.0.conv1.weight" in state:
+        _ = found.config  # its shapes and settings are those of a network
+    return found
+
+
+@contextmanager
+def told(path: str | Path) -> Iterator[None]:
+    """What other shapes or other settings than an HRNet's lead to, as a `WeightsError`."""
+    try:
+        yield
+    except WeightsError:
+        raise
+    except (LookupError, TypeError, ValueError, AttributeError, ArithmeticError) as error:
+        raise WeightsError(
+            f"{path}: its shapes, or what it says of itself beside its tensors, are of no HRNet "
+            f"({type(error).__name__}: {error}); take the file as it was published, or re-save its state_dict alone"
+        ) from None
 
 
 def summary(protocol: dict[str, Any]) -> str:
@@ -195,6 +226,8 @@ def from_file(path: Path, trust: bool) -> Any:
                 "a pointer of Git LFS: run `git lfs pull`" if b"git-lfs" in start else f"it begins with {start[:20]!r}"
             )
             raise WeightsError(f"{path}: no checkpoint of torch; {hint}")
+        if start.startswith(b"PK"):
+            check_sums(path)
         with torch.serialization.safe_globals(NUMPY):
             return torch.load(path, map_location="cpu", weights_only=not trust)
     except WeightsError:
@@ -209,6 +242,17 @@ def from_file(path: Path, trust: bool) -> Any:
         ) from None
     except Exception as error:
         raise WeightsError(f"{path}: not a readable checkpoint ({type(error).__name__}: {error})") from None
+
+
+def check_sums(path: Path) -> None:
+    """Raise a `WeightsError` if a part of a zip file has another checksum than stored with it: torch does not look."""
+    try:
+        with zipfile.ZipFile(path) as file:
+            broken = file.testzip()
+    except Exception as error:  # whatever broken bytes lead to
+        raise WeightsError(f"{path}: cut off or broken ({error}); copy it anew") from None
+    if broken is not None:
+        raise WeightsError(f"{path}: broken ({broken} has another checksum than stored); copy it anew")
 
 
 def timm_model(name: str, **kwargs: Any) -> nn.Module:
@@ -233,20 +277,6 @@ def timm_model(name: str, **kwargs: Any) -> nn.Module:
             f"config.json from https://huggingface.co/{hub} elsewhere and, for an HRNet, give the path; for any other "
             f"model, run timm once where there is network and copy its cache (HF_HOME)"
         ) from None
-
-
-def fetched(url: str) -> Path:
-    """The file behind a URL, from torch.hub's cache or downloaded into it."""
-    # Every model of a hub is called model.safetensors: the whole URL tells them apart.
-    name = f"{hashlib.sha256(url.encode()).hexdigest()[:8]}-{url.split('?')[0].rsplit('/', 1)[-1]}"
-    path = Path(torch.hub.get_dir()) / "checkpoints" / name
-    if not path.is_file():
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            torch.hub.download_url_to_file(url, str(path))
-        except Exception as error:
-            raise WeightsError(f"{url}: cannot be fetched ({error}); download it by other means to {path}") from None
-    return path
 
 
 def is_source(name: str) -> bool:

@@ -2,6 +2,7 @@
 
 import sys
 from pathlib import Path
+from typing import Any
 
 import yaml
 
@@ -57,19 +58,34 @@ def taken(args: list[str], name: str) -> tuple[str | None, list[str]]:
     return None, args
 
 
+def content_of(path: Path) -> dict[str, Any]:
+    """The settings in a file given by `-c`.
+
+    Raises:
+        SettingError: if it is no YAML, or its parts are no settings: the parser would pass over them, or break.
+    """
+    try:
+        content = yaml.safe_load(path.read_text()) or {}
+    except (ValueError, RecursionError, yaml.YAMLError) as error:
+        raise SettingError(f"{path}: not valid YAML: {error}") from None
+    parts = content if isinstance(content, dict) else {"": content}
+    for name, part in parts.items():
+        known = name in ("model", "data", "trainer", "")
+        if known and not (part is None or isinstance(part, dict) or (name == "data" and isinstance(part, str))):
+            raise SettingError(f"{path}: {name or 'it'} is {str(part)[:40]!r}, not settings, which are `name: value`")
+    if r"\x00" in repr(content):
+        raise SettingError(f"{path}: holds a NUL character; take it out")
+    return parts
+
+
 def with_default_data(task: str, args: list[str]) -> list[str]:
     """`args` with the embedded data's configuration (to predict: the pictures') before them, if they name no data."""
+    contents = [content_of(path) for path in configurations(args) if path.is_file()]  # else the parser says so
     if not args or args[0].startswith("-") or any(a == "--data" or a.startswith("--data=") for a in args):
         return args
-    for path in configurations(args):
-        if not path.is_file():
-            continue  # the parser says so
-        try:
-            data = (yaml.safe_load(path.read_text()) or {}).get("data")
-            if isinstance(data, str) or (data and "class_path" in data):  # else only settings of the default's
-                return args
-        except yaml.YAMLError as error:
-            raise SettingError(f"{path}: not valid YAML: {error}") from None
+    for data in (content.get("data") for content in contents):
+        if isinstance(data, str) or (data and "class_path" in data):  # else only settings of the default's
+            return args
     if args[0] == "predict" and not any(a.startswith(("--data.path", "-h", "--help", "--print")) for a in args):
         raise SettingError("say what to predict on: --data.path FOLDER (or a picture, a pattern, a list, a video)")
     default = CONFIGS / task / ("predict.yaml" if args[0] == "predict" else "rendered.yaml")

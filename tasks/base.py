@@ -3,6 +3,7 @@
 import functools
 import inspect
 import math
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, is_dataclass
@@ -15,6 +16,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from torch import Tensor, nn
 from torchmetrics import Metric, MetricCollection
 
+from datamodules.order import seed_of
 from hrnet import PRESETS, HRNet, HRNetConfig
 from hrnet.checkpoints import WeightsError, config_of, grouped, is_source, read, summary
 from hrnet.weights import InitFrom, load
@@ -148,6 +150,22 @@ class Task(L.LightningModule):
         """As the network expects it: 0..255 by mean and standard deviation."""
         return (image.float() - self.mean) / self.std
 
+    def on_fit_start(self) -> None:
+        batch: int = self.trainer.datamodule.batch_size  # type: ignore[attr-defined]
+        rank_zero_info(f"{images_a_step(self.trainer)} images a step, learning rate {rate_of(self.trainer):g}")
+        norms = [m for m in self.modules() if isinstance(m, nn.BatchNorm2d) and m.training]
+        if self.trainer.world_size > 1 and batch < 8 and norms:
+            rank_zero_warn(
+                f"batch norm sees the {batch} images of one process; where GPUs hold no more, share its statistics by "
+                f"--trainer.sync_batchnorm true"
+            )
+
+    def on_train_batch_start(self, batch: Any, index: int) -> None:
+        """Seed what is random in a step (dropout, mixup, sampled boxes), so that a resumed run draws the same."""
+        if "PL_GLOBAL_SEED" in os.environ:
+            seed = int(os.environ["PL_GLOBAL_SEED"])
+            torch.manual_seed(seed_of(seed, self.current_epoch, index, self.global_rank))
+
     def training_step(self, batch: Any, index: int) -> Tensor:
         losses = self.loss(self(batch["image"]), batch)
         total = torch.stack(list(losses.values())).sum()
@@ -164,11 +182,15 @@ class Task(L.LightningModule):
         return self.evaluate(batch, "test")
 
     def predict_step(self, batch: Any, index: int) -> dict[str, Tensor]:
-        return self.predict(self(batch["image"]), batch)
+        return self.predict(self.features(batch), batch)
+
+    def features(self, batch: Any) -> list[Tensor]:
+        """All that `predict` wants of the backbone, in one pass: the images' maps, and behind them others'."""
+        return self(batch["image"])
 
     def evaluate(self, batch: Any, split: str) -> dict[str, Tensor]:
-        features = self(batch["image"])
-        losses = self.loss(features, batch)
+        features = self.features(batch)
+        losses = self.loss([x[: len(batch["image"])] for x in features], batch)
         total = torch.stack(list(losses.values())).sum()
         self.log(f"{split}/loss", total, batch_size=len(batch["image"]), sync_dist=True)
         prediction = self.predict(features, batch)
@@ -253,6 +275,17 @@ class Task(L.LightningModule):
         if getattr(scheduler, "epochs", 0) is None:
             scheduler.epochs = self.trainer.max_epochs  # type: ignore[attr-defined]
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": self.lr_interval}}
+
+
+def images_a_step(trainer: L.Trainer) -> int:
+    """Of all processes, accumulated ones included."""
+    return trainer.datamodule.batch_size * trainer.world_size * trainer.accumulate_grad_batches  # type: ignore[attr-defined]
+
+
+def rate_of(trainer: L.Trainer) -> float:
+    """The optimiser's learning rate, before a schedule changes it."""
+    group = trainer.optimizers[0].param_groups[0]
+    return float(group.get("initial_lr", group["lr"]))
 
 
 def finish_epoch(progress: dict[str, Any]) -> None:

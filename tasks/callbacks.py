@@ -16,6 +16,7 @@ from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
 from datamodules.drawing import grid, write_image
+from datamodules.transforms import DataError
 from datamodules.video import Video
 from hrnet.fast import Fast, compile_blocks, folded, parallel
 
@@ -152,7 +153,9 @@ class Predictions(Callback):
                     path.write_text(json.dumps(results))
                     print(f"\n{len(results)} predictions in COCO's results format: {path}", flush=True)
                     if hasattr(part, "truth"):  # with its numbering of images, and its classes
-                        path.with_name(f"{path.stem}_truth.json").write_text(json.dumps(part.truth))
+                        path.with_name(f"{path.stem}_truth.json").write_text(
+                            json.dumps(part.truth, default=np.ndarray.tolist)  # polygons
+                        )
 
     def on_predict_start(self, trainer: L.Trainer, task: Any) -> None:
         self.dataset = trainer.datamodule.datasets["predict"]  # type: ignore[attr-defined]
@@ -202,7 +205,11 @@ class Predictions(Callback):
             path = Path(first[image_id].path)
             name = f"{path.stem}_{image_id}" if path.stem in taken else path.stem  # two folders may hold the same name
             taken.add(name)
-            image = task.overlay(self.dataset.read(str(path)), found[image_id])
+            try:
+                image = self.dataset.read(str(path))
+            except DataError:  # it was skipped
+                continue
+            image = task.overlay(image, found[image_id])
             write_image(str(folder / f"{name}.jpg"), image)
         print(f"overlays:   {folder}", flush=True)
 

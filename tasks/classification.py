@@ -106,7 +106,7 @@ class Classification(Task):
                 )
             self.teacher = [teacher]
 
-    def on_train_epoch_start(self) -> None:
+    def on_train_start(self) -> None:
         for name, module in self.named_modules():
             if self.frozen and f"{name}.".startswith(tuple(f"{f}." for f in self.frozen)):
                 module.eval()  # frozen batch norm does not move either

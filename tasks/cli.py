@@ -1,5 +1,6 @@
 """The one command line of all tasks: `python -m tasks.<task> fit|validate|test|predict`."""
 
+import errno
 import importlib
 import inspect
 import logging
@@ -19,6 +20,7 @@ import torch
 import yaml
 from lightning.pytorch.cli import LightningCLI, SaveConfigCallback
 from lightning.pytorch.loggers import CSVLogger, Logger, WandbLogger
+from lightning.pytorch.plugins.environments import SLURMEnvironment
 from lightning.pytorch.utilities.exceptions import MisconfigurationException, SIGTERMException
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 
@@ -34,8 +36,10 @@ from tasks.base import Task, plain
 from tasks.callbacks import Faster, FasterTraining
 from tasks.export import main as export
 from tasks.export import run_by, settings
+from tasks.guards import Finite, NotFinite
+from tasks.resume import ROWS, Last, WholeCheckpoints, find_checkpoint, read_checkpoint, take_up
 
-REFUSALS = (DataError, WeightsError, SettingError, OSError)
+REFUSALS = (DataError, WeightsError, SettingError, NotFinite, OSError)
 """What ends a run with one message instead of a traceback."""
 
 
@@ -55,6 +59,10 @@ class CLI(LightningCLI):
     model_class: Any
     folder: Path | None = None
     """Of the run, once there is one."""
+    goes_on: Path | None = None
+    """The folder of the run that this one goes on with."""
+    rows: Any = None
+    """Of its `metrics.csv`, when the checkpoint was written."""
 
     def _prepare_subcommand_parser(self, klass: type, subcommand: str, **kwargs: Any) -> Any:
         self.preparing = subcommand  # the links depend on it
@@ -64,6 +72,10 @@ class CLI(LightningCLI):
         ways: Any = Literal["no", "merged", "compiled", "parallel"]
         text = "merged layers (not to fit), torch.compile, or branches side by side on a GPU (merged ones always are)"
         parser.add_argument("--fast", type=ways, default="no", help=text)
+        if self.preparing == "fit":
+            choice: Any = Literal["stop", "skip"]
+            text = "what to do at a loss or a gradient that is NaN or infinite: end the run, or leave out the step"
+            parser.add_argument("--nonfinite", type=choice, default="stop", help=text)
         if self.preparing == "predict":  # pictures know nothing of keypoints: the checkpoint does
             for name in self.model_class.protocol:
                 parser.link_arguments(f"model.{name}", f"data.init_args.{name}", apply_on="instantiate")
@@ -82,17 +94,27 @@ class CLI(LightningCLI):
             raise SettingError(
                 f"trainer.precision {config.trainer.precision}: weights and losses stay in fp32; take bf16-mixed"
             )
+        if config.trainer.sync_batchnorm and not torch.cuda.is_available():
+            raise SettingError("trainer.sync_batchnorm: torch shares batch statistics on GPUs only, and there is none")
         epochs, every = config.trainer.max_epochs, config.trainer.check_val_every_n_epoch
         if epochs and every and 0 < epochs < every:  # too short a run is validated at its end, not never
             config.trainer.check_val_every_n_epoch = epochs
         root = Path(config.trainer.default_root_dir) / self.task
-        if config.get("ckpt_path") in ("last", "best"):
-            config.ckpt_path = str(find_checkpoint(root, config.ckpt_path))
-            rank_zero_info(f"checkpoint: {config.ckpt_path}")
+        fit, which = self.config.subcommand == "fit", config.get("ckpt_path")
+        if fit and which == "auto":
+            which = "last" if any(root.glob("*/checkpoints/last.ckpt")) else None
+            config.ckpt_path = which
+        if which in ("last", "best"):
+            found = find_checkpoint(root, which)
+            config.ckpt_path = str(found)
+            rank_zero_info(f"checkpoint: {found}")
+            if fit and which == "last":
+                self.goes_on = found.parent.parent
         if str(config.get("ckpt_path")).endswith(".onnx"):
             pass  # read in _parse_ckpt_path
         elif config.get("ckpt_path"):
-            self.kept = check_checkpoint(Path(config.ckpt_path))
+            checkpoint = read_checkpoint(Path(config.ckpt_path))
+            self.kept, self.rows = checkpoint["hyper_parameters"], checkpoint.get(ROWS)
             others = self.kept.keys() - inspect.signature(self.model_class).parameters.keys() - {"_instantiator"}
             if others:
                 raise WeightsError(
@@ -197,18 +219,28 @@ class CLI(LightningCLI):
         config = self._get(self.config_init, "trainer")
         for name, value in whole_numbers(sys.argv[1:]).items():  # the parser has made 1.0 of 1: all instead of one
             config[name] = value
-        fast = self.config_init[self.subcommand].get("fast", "no")
-        if fast == "merged" and self.subcommand == "fit":
+        callbacks = listed(config["callbacks"])
+        fast, fit = self.config_init[self.subcommand].get("fast", "no"), self.subcommand == "fit"
+        if fast == "merged" and fit:
             raise SettingError("--fast merged: weights that learn cannot be merged; fit takes compiled or parallel")
         if fast != "no":
-            own_way = FasterTraining(fast) if self.subcommand == "fit" else Faster(fast == "compiled")
-            config["callbacks"] = [*(config["callbacks"] or []), own_way]
-        given = config["logger"]
-        others = [x for x in (given if isinstance(given, list) else [given]) if isinstance(x, Logger)]
+            callbacks.append(FasterTraining(fast) if fit else Faster(fast == "compiled"))
+        if fit:
+            callbacks.append(Finite(self.config_init.fit.nonfinite))
+        config["callbacks"] = callbacks
+        others = [x for x in listed(config["logger"]) if isinstance(x, Logger)]
         # First, so that the run's folder is its folder; metrics.csv is written always.
-        own = CSVLogger(config["default_root_dir"], name=self.task)
-        CLI.folder = Path(own.log_dir)
+        version = None if self.goes_on is None else self.goes_on.name
+        own = CSVLogger(config["default_root_dir"], name=self.task, version=version)
+        if version is None:
+            CLI.folder = Path(own.log_dir)
+        else:
+            take_up(own, self.rows)
         kwargs["logger"] = [own, *others]
+        plugins = [*listed(config["plugins"]), WholeCheckpoints()]
+        if SLURMEnvironment.detect():  # whose own requeueing saves amid a step
+            plugins.append(SLURMEnvironment(auto_requeue=False))
+        config["plugins"] = plugins
         if any(isinstance(x, WandbLogger) for x in others) and not wandb_account():
             os.environ.setdefault("WANDB_MODE", "offline")
         return super().instantiate_trainer(**kwargs)
@@ -227,35 +259,9 @@ def wandb_account() -> bool:
         return False
 
 
-def find_checkpoint(root: Path, which: str) -> Path:
-    """The newest run's `last.ckpt` or `best.ckpt` below `root`.
-
-    Raises:
-        WeightsError: if there is none.
-    """
-    found = sorted(root.glob(f"*/checkpoints/{which}.ckpt"), key=lambda path: path.stat().st_mtime)
-    if not found:
-        raise WeightsError(f"no {which}.ckpt in any run below {root}; give the checkpoint's path")
-    return found[-1]
-
-
-def check_checkpoint(path: Path) -> dict[str, Any]:
-    """The hyperparameters of a checkpoint of one of our runs; a `WeightsError` if `path` is none."""
-    if not path.is_file():
-        raise WeightsError(f"{path}: no such checkpoint")
-    try:
-        content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except Exception as error:
-        reason = str(error).splitlines()[0]
-        if "TorchScript" in reason:
-            raise WeightsError(f"{path}: an exported TorchScript; `predict` runs exported .onnx files") from None
-        raise WeightsError(f"{path}: not a readable checkpoint of a run ({reason}); is it cut off?") from None
-    if not isinstance(content, dict) or "state_dict" not in content or "hyper_parameters" not in content:
-        raise WeightsError(
-            f"{path}: weights, but no checkpoint of a run; --ckpt_path goes on with a run, "
-            f"to start from these weights say --model.init_from {path}"
-        )
-    return content["hyper_parameters"]
+def listed(value: Any) -> list[Any]:
+    """None, one or several, as a list."""
+    return list(value) if isinstance(value, list | tuple) else [] if value is None else [value]
 
 
 def check_writable(folder: Path) -> None:
@@ -289,6 +295,8 @@ def quieten() -> None:
     """Leave out what is printed in every run and tells users nothing."""
     warnings.filterwarnings("ignore", message=".*LeafSpec.*")
     warnings.filterwarnings("ignore", message="The dirpath has changed")
+    warnings.filterwarnings("ignore", message="Checkpoint directory .* exists and is not empty")
+    warnings.filterwarnings("ignore", message="Experiment logs directory .* exists and is not empty")
     logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(lambda r: "litlogger" not in r.getMessage())
 
 
@@ -301,7 +309,7 @@ def main(task: type[Task], args: list[str] | None = None) -> CLI:
         raise SystemExit(f"{CONFIGS} is missing: install from a clone, with `pip install -e .`")
     layers = [str(CONFIGS / "default.yaml"), str(CONFIGS / name / "default.yaml")]
     quieten()
-    CLI.folder = None
+    CLI.folder, Last.sign = None, signal.SIGTERM
     try:
         given = sys.argv[1:] if args is None else list(args)
         if given[:1] == ["export"]:
@@ -320,11 +328,15 @@ def main(task: type[Task], args: list[str] | None = None) -> CLI:
             parser_kwargs={sub: {"default_config_files": layers} for sub in ("fit", "validate", "test", "predict")},
         )
     except SIGTERMException:
-        raise SystemExit(128 + signal.SIGTERM) from None  # what started the run should not take it for finished
+        raise SystemExit(128 + Last.sign) from None  # what started the run should not take it for finished
     except (*REFUSALS, MisconfigurationException) as error:
         discard(CLI.folder)
         if os.environ.get("HRNET_TRACEBACK"):
             raise
         # An error of a loader's worker brings the worker's traceback as its message; its last part is ours.
         text = str(error).rsplit(f"{type(error).__name__}: ", 1)[-1].strip()
+        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+            text += (
+                "\nThe disk is full. Checkpoints that were written are whole: make room, and go on (--ckpt_path last)"
+            )
         raise SystemExit(f"\n{type(error).__name__}: {text}\n(HRNET_TRACEBACK=1 shows where)") from None

@@ -30,8 +30,9 @@ from hrnet.checkpoints import WeightsError
 from hrnet.detectors.rcnn import RCNN
 from hrnet.weights import InitFrom
 from tasks.arguments import SettingError
-from tasks.base import Task, shown
-from tasks.cli import check_checkpoint, find_checkpoint, main
+from tasks.base import Task, images_a_step, rate_of, shown
+from tasks.cli import main
+from tasks.resume import find_checkpoint, read_checkpoint
 
 
 @dataclass(frozen=True)
@@ -122,15 +123,10 @@ class Detection(Task):
         super().setup(stage)
 
     def on_fit_start(self) -> None:
-        data: Any = self.trainer.datamodule  # type: ignore[attr-defined]
-        optimizer = self.trainer.optimizers[0]
-        if isinstance(optimizer, torch.optim.SGD):
-            images = data.batch_size * self.trainer.world_size * self.trainer.accumulate_grad_batches
-            rate = optimizer.defaults["lr"]
-            rank_zero_info(
-                f"{images} images a step, learning rate {rate:g}: in proportion {rate * 16 / images:g} for 16 images, "
-                f"for which officially it is 0.02 (R-CNNs) or 0.01 (FCOS)"
-            )
+        super().on_fit_start()
+        if isinstance(self.trainer.optimizers[0], torch.optim.SGD):
+            rate = rate_of(self.trainer) * 16 / images_a_step(self.trainer)
+            rank_zero_info(f"in proportion {rate:g} for 16 images; officially 0.02 (R-CNNs) or 0.01 (FCOS)")
 
     def train(self, mode: bool = True) -> "Detection":
         super().train(mode)
@@ -292,7 +288,7 @@ def write_boxes(checkpoint: str, path: str, folder: Path) -> Path:
     """
     if checkpoint in ("last", "best"):
         checkpoint = str(find_checkpoint(folder.parent / "detection", checkpoint))
-    if "detector" not in check_checkpoint(Path(checkpoint)):
+    if "detector" not in read_checkpoint(Path(checkpoint))["hyper_parameters"]:
         raise WeightsError(
             f"{checkpoint}: not a checkpoint of a detection run; --detector wants one of tasks.detection"
         )

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from hrnet.checkpoints import WeightsError
 from tasks.base import Task
+from tasks.resume import find_checkpoint
 
 LIMIT = 1e-4  # relative error at which an exported file is not given out
 SIZES = ((2, 3, 101, 77), (1, 3, 128, 160))  # the first, which 32 does not divide, is what is traced
@@ -71,16 +72,24 @@ def runtime(path: str) -> Any:
         raise WeightsError(f"{path}: to run it takes onnxruntime; pip install -e '.[export]'") from None
     try:
         session = onnxruntime.InferenceSession(path, providers=onnxruntime.get_available_providers())
+        kept = session.get_modelmeta().custom_metadata_map
     except Exception as error:
         raise WeightsError(f"{path}: not a readable ONNX file ({str(error).splitlines()[0]})") from None
-    if "hyper_parameters" not in session.get_modelmeta().custom_metadata_map:
+    if "hyper_parameters" not in kept:
         raise WeightsError(f"{path}: not made by `export`, so that the task's settings are unknown")
     return session
 
 
 def settings(path: str) -> dict[str, Any]:
     """The hyperparameters of the task that an ONNX file was made from."""
-    return json.loads(runtime(path).get_modelmeta().custom_metadata_map["hyper_parameters"])
+    text = runtime(path).get_modelmeta().custom_metadata_map["hyper_parameters"]
+    try:
+        found = json.loads(text)
+    except (ValueError, RecursionError):
+        found = None
+    if not isinstance(found, dict):
+        raise WeightsError(f"{path}: the task's settings in it are broken ({text[:40]!r}); copy it or export it anew")
+    return found
 
 
 def run_by(task: Task, path: str) -> None:
@@ -148,8 +157,6 @@ def main(kind: type[Task], args: list[str]) -> None:
     given = parser.parse_args(args)
     path = given.checkpoint
     if path in ("best", "last"):
-        from tasks.cli import find_checkpoint
-
         path = str(find_checkpoint(Path("runs") / name.rsplit(".", 1)[-1], path))
     task = kind.from_weights(path)
     if hasattr(task.head, "detect"):

@@ -126,6 +126,11 @@ class Pose(Task):
         with torch.autocast(features[0].device.type, enabled=False):
             return self.head([x.float() for x in features])
 
+    def features(self, batch: Any) -> list[Tensor]:
+        """Of the images and, for the flip test, of their mirror images."""
+        image = batch["image"]
+        return self(torch.cat([image, image.flip(-1)]) if self.flip_test else image)
+
     def loss(self, features: list[Tensor], batch: Any) -> dict[str, Tensor]:
         size = batch["image"].shape[-2:]
         target, weight = self.codec.encode(batch["keypoints"], batch["visible"], size)
@@ -133,10 +138,13 @@ class Pose(Task):
 
     def predict(self, features: list[Tensor], batch: Any) -> dict[str, Tensor]:
         """`keypoints` `[B, K, 2]` in input pixels, `score` `[B, K]`, and the `heatmap` they were read from."""
-        heatmap = self.heatmaps(features)
         if self.flip_test:
-            mirrored = self.heatmaps(self(batch["image"].flip(-1)))
-            heatmap = self.codec.merge(heatmap, mirrored, self.flip_index)
+            if len(features[0]) == len(batch["image"]):
+                features = self.features(batch)
+            straight, mirrored = self.heatmaps(features).chunk(2)
+            heatmap = self.codec.merge(straight, mirrored, self.flip_index)
+        else:
+            heatmap = self.heatmaps(features)
         keypoints, score = self.codec.decode(heatmap, batch["image"].shape[-2:])
         return {"keypoints": keypoints, "score": score, "heatmap": heatmap}
 

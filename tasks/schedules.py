@@ -4,8 +4,13 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
+import lightning as L
+from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
+
+from tasks.base import images_a_step
 
 
 class WarmupCosine(LambdaLR):
@@ -94,3 +99,28 @@ class WarmupMultiStep(LambdaLR):
 def lengthless(state: dict[str, Any]) -> dict[str, Any]:
     """Without the run's length, so that one that goes on for longer learns for longer."""
     return {k: v for k, v in state.items() if k not in ("total", "epochs", "warmup")}
+
+
+class ScaledRate(Callback):
+    """The learning rate in proportion to the images a step: of all processes, accumulated ones included.
+
+    Args:
+        images: for which the optimiser's learning rate is meant.
+    """
+
+    def __init__(self, images: int) -> None:
+        if images < 1:
+            raise ValueError(f"images must be at least 1, got {images}")
+        self.images = images
+
+    def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        # When a run is resumed, optimiser and schedule are restored after this.
+        factor = images_a_step(trainer) / self.images
+        for group in (group for optimizer in trainer.optimizers for group in optimizer.param_groups):
+            for key in group.keys() & {"lr", "initial_lr"}:
+                group[key] *= factor
+        for config in trainer.lr_scheduler_configs:
+            scheduler: Any = config.scheduler
+            if hasattr(scheduler, "base_lrs"):
+                scheduler.base_lrs = [rate * factor for rate in scheduler.base_lrs]
+        rank_zero_info(f"learning rate times {factor:g}: meant for {self.images} images a step")

@@ -148,12 +148,11 @@ class Segmentation(Task):
 
     def scores(self, features: list[Tensor], image: Tensor, size: tuple[int, int]) -> Tensor:
         """Scores `[B, C, *size]` by the protocol; what was computed of the whole image already is used."""
-        known: list[Tensor] | None = features or None
+        known = features if self.evaluation.window is None else []
 
         def network(x: Tensor) -> Tensor:
-            nonlocal known
-            if known is not None and x is image:
-                maps, known = known, None
+            if known and len(known[0]) == len(x) and x.shape[-2:] == image.shape[-2:]:
+                maps = known
             else:
                 if (least := min(x.shape[-2:])) < 32:  # smaller than the network's coarsest cell
                     x = F.interpolate(x.float(), scale_factor=32 / least, mode="bilinear")
@@ -161,6 +160,10 @@ class Segmentation(Task):
             return self.head(maps)
 
         return self.evaluation(network, image, size, self.flip_index)
+
+    def features(self, batch: Any) -> list[Tensor]:
+        image = batch["image"]
+        return self(torch.cat([image, image.flip(-1)]) if self.evaluation.flip else image)
 
     def evaluate(self, batch: Any, split: str) -> dict[str, Tensor]:
         if self.evaluation.window is None:

@@ -164,8 +164,11 @@ def test_last_goes_on(fitted, cli, small, tmp_path):
     assert run.trainer.global_step == 4
     steps = torch.load(checkpoint(run, "last"), weights_only=True)["optimizer_states"][0]["state"][0]["step"]
     assert steps == 4  # the optimiser's memory went on as well
-    assert run.folder.name == "version_1"
+    assert run.folder.name == "version_0"
     assert fitted.trainer.global_step == 2
+    before, after = ((folder / "metrics.csv").read_text().splitlines() for folder in (fitted.folder, run.folder))
+    assert after[: len(before)] == before
+    assert len(after) > len(before)
 
 
 def test_same_command_goes_on_without_complaint(fitted, cli, small, tmp_path, recwarn):

@@ -26,6 +26,7 @@ from datamodules.mask_folder import MaskFolder
 from datamodules.mpii import Mpii
 from datamodules.pascal_context import PascalContext
 from datamodules.pascal_voc import PascalVoc
+from datamodules.shards import Shards, pack
 from hrnet import PRESETS, HRNetConfig
 from hrnet.heads import OCR, HRNetV2
 from hrnet.losses import OHEM, CrossEntropy
@@ -75,6 +76,13 @@ def image_folder(data, config, root):
             folder = root / split / "ab"[i % 2]
             folder.mkdir(parents=True, exist_ok=True)
             shutil.copy(image, folder)
+
+
+def shards(data, config, root):
+    """The same, packed."""
+    image_folder(data, config, root / "folder")
+    pack(str(root / "folder"), str(root / "shards"), 2)
+    return [f"--data.root={root / 'shards'}"]
 
 
 def masks(write, *more):
@@ -144,6 +152,7 @@ LAYOUTS = {
     "CocoKeypoints": coco,
     "Mpii": mpii,
     "ImageFolder": image_folder,
+    "Shards": shards,
     "MaskFolder": masks(mask_folder),
     "Cityscapes": masks(cityscapes, "--data.base=64"),
     "PascalContext": masks(pascal, "--data.eval_size=64"),
@@ -290,6 +299,7 @@ def test_layouts_are_of_data_modules():
         CocoKeypoints,
         Mpii,
         ImageFolder,
+        Shards,
         MaskFolder,
         Cityscapes,
         PascalContext,

@@ -1,0 +1,209 @@
+"""A run that was stopped goes on as if it had not been: same weights, same numbers, nothing torn."""
+
+import errno
+import io
+import os
+import signal
+from pathlib import Path
+
+import pytest
+import torch
+
+from tasks.arguments import CONFIGS
+from tasks.classification import Classification
+from tasks.detection import Detection
+from tasks.pose import Pose
+from tasks.resume import WholeCheckpoints, find_checkpoint, read_checkpoint, rows_of
+from tasks.segmentation import Segmentation
+
+TINY = "--model.backbone={width: 8, modules: [1, 1, 1], blocks: 1, stem: [1, 16]}"
+CALLBACKS = """
+trainer:
+  max_epochs: 3
+  log_every_n_steps: 1
+  callbacks:
+    - class_path: lightning.pytorch.callbacks.ModelCheckpoint
+      init_args: {filename: best, monitor: val/score, mode: max, enable_version_counter: false}
+    - class_path: tasks.resume.Last
+      init_args: {every_n_steps: 2}
+"""
+
+
+class Gone(Exception):
+    """The process, as far as what it leaves is concerned."""
+
+
+@pytest.fixture(scope="module")
+def options(short, tmp_path_factory):
+    path = tmp_path_factory.mktemp("options") / "often.yaml"
+    path.write_text(CALLBACKS)
+    return ["-c", path, *short, "--ckpt_path=auto"]
+
+
+OWN = {
+    Pose: [TINY, "--data.size=[64,48]"],
+    Segmentation: ["-c", "ocr.yaml"],
+    Detection: [TINY, "--model.detector={pyramid: 16, width: 32}", "--data.shorter=64", "--data.longer=96"],
+    Classification: [TINY, "--model.mixup=0.2", "--model.cutmix=1"],
+}
+
+
+def state(folder):
+    return torch.load(folder / "checkpoints/last.ckpt", weights_only=True)
+
+
+def same(a, b):
+    """Of two checkpoints' parts, bit by bit."""
+    if isinstance(a, torch.Tensor):
+        return torch.equal(a, b)
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(same(a[k], b[k]) for k in a)
+    if isinstance(a, list | tuple):
+        return len(a) == len(b) and all(same(x, y) for x, y in zip(a, b, strict=True))
+    return a == b
+
+
+PARTS = ("state_dict", "optimizer_states", "lr_schedulers", "global_step", "epoch")
+
+
+@pytest.fixture(scope="module")
+def whole(cli, options, tmp_path_factory):
+    """A run that nothing stops."""
+    return cli(tmp_path_factory.mktemp("whole"), "fit", *options, *OWN[Pose])
+
+
+def stop_at(monkeypatch, task, method, count):
+    """The `count`th call of a step ends the process."""
+    step, calls = getattr(task, method), []
+
+    def counted(self, batch, index):
+        calls.append(1)
+        if len(calls) == count:
+            raise Gone
+        return step(self, batch, index)
+
+    monkeypatch.setattr(task, method, counted)
+
+
+@pytest.mark.parametrize(
+    ("method", "count"),
+    [
+        *[("training_step", count) for count in (1, 2, 4, 7, 8, 9, 11)],
+        *[("validation_step", count) for count in (2, 3)],  # after the one of the sanity check
+    ],
+)
+def test_goes_on_bit_by_bit(method, count, whole, cli, options, tmp_path, monkeypatch):
+    with monkeypatch.context() as stopped:
+        stop_at(stopped, Pose, method, count)
+        with pytest.raises(Gone):
+            cli(tmp_path, "fit", *options, *OWN[Pose])
+    run = cli(tmp_path, "fit", *options, *OWN[Pose])
+    a, b = state(whole.folder), state(run.folder)
+    assert {k for k in PARTS if not same(a[k], b[k])} == set()
+    best = [x.folder / "checkpoints/best.ckpt" for x in (whole, run)]
+    assert same(*(torch.load(path, weights_only=True)["state_dict"] for path in best))
+    assert rows_of(run.folder) == rows_of(whole.folder)
+
+
+def test_goes_on_again_and_again(whole, cli, options, tmp_path, monkeypatch):
+    for count in (3, 2, 1, 3, 4):
+        with monkeypatch.context() as stopped:
+            stop_at(stopped, Pose, "training_step", count)
+            with pytest.raises(Gone):
+                cli(tmp_path, "fit", *options, *OWN[Pose])
+    run = cli(tmp_path, "fit", *options, *OWN[Pose])
+    assert same(state(whole.folder)["state_dict"], state(run.folder)["state_dict"])
+    assert rows_of(run.folder) == rows_of(whole.folder)
+    assert len(list(run.folder.parent.iterdir())) <= 2
+
+
+@pytest.mark.parametrize("task", [Segmentation, Detection, Classification])
+def test_what_is_random_in_a_step_is_drawn_again(task, cli, options, tmp_path, monkeypatch):
+    """Dropout, sampled boxes, mixed images."""
+    where = [tmp_path / "whole", tmp_path / "stopped"]
+    for folder in where:
+        folder.mkdir()
+        (folder / "ocr.yaml").write_text(f"model: {{{TINY[8:].replace('=', ': ')}, head: hrnet.heads.OCR}}")
+    options = [*options, "--trainer.max_epochs=2", "--trainer.limit_train_batches=3", "--trainer.limit_val_batches=1"]
+    first = cli(where[0], "fit", *options, *OWN[task], task=task)
+    with monkeypatch.context() as stopped:
+        stop_at(stopped, task, "training_step", 4)
+        with pytest.raises(Gone):
+            cli(where[1], "fit", *options, *OWN[task], task=task)
+    second = cli(where[1], "fit", *options, *OWN[task], task=task)
+    a, b = state(first.folder), state(second.folder)
+    assert {k for k in PARTS if not same(a[k], b[k])} == set()
+
+
+SLURM = {"JOB_ID": 7, "JOB_NAME": "pose", "NTASKS": 1, "PROCID": 0, "LOCALID": 0, "NODEID": 0, "NODELIST": "localhost"}
+
+
+@pytest.mark.parametrize(
+    ("sign", "variables"), [(signal.SIGTERM, {}), (signal.SIGINT, {}), (signal.SIGTERM, SLURM)], ids=str
+)
+def test_signal_ends_after_the_step(sign, variables, whole, cli, options, tmp_path, monkeypatch):
+    step, before = Pose.training_step, signal.getsignal(signal.SIGTERM)
+    for name, value in variables.items():
+        monkeypatch.setenv(f"SLURM_{name}", str(value))
+
+    def third(self, batch, index):
+        if self.global_step == 3:
+            os.kill(os.getpid(), sign)
+        return step(self, batch, index)
+
+    with monkeypatch.context() as stopped:
+        stopped.setattr(Pose, "training_step", third)
+        with pytest.raises(SystemExit) as end:
+            cli(tmp_path, "fit", *options, *OWN[Pose])
+    signal.signal(signal.SIGTERM, before)
+    assert end.value.code == 128 + sign
+    assert state(tmp_path / "runs/pose/version_0")["global_step"] == 4
+    run = cli(tmp_path, "fit", *options, *OWN[Pose])
+    assert same(state(whole.folder)["state_dict"], state(run.folder)["state_dict"])
+    assert rows_of(run.folder) == rows_of(whole.folder)
+
+
+def test_scaled_rate_is_scaled_once(cli, options, tmp_path, monkeypatch):
+    given = [*options, *OWN[Pose], "-c", CONFIGS / "experiments/scaled_lr.yaml", "--trainer.accumulate_grad_batches=2"]
+    with monkeypatch.context() as stopped:
+        stop_at(stopped, Pose, "training_step", 6)
+        with pytest.raises(Gone):
+            cli(tmp_path, "fit", *given)
+    run = cli(tmp_path, "fit", *given)
+    scheduler = run.trainer.lr_scheduler_configs[0].scheduler
+    assert scheduler.base_lrs == [pytest.approx(0.002 * 4 * 2 / 128)]
+
+
+def test_finished_run_is_not_begun_again(whole, cli, options):
+    before = state(whole.folder)
+    run = cli(whole.folder.parents[2], "fit", *options, *OWN[Pose])
+    assert run.folder == whole.folder
+    assert same(state(run.folder)["state_dict"], before["state_dict"])
+
+
+def test_torn_last_is_replaced_by_best(whole, tmp_path, recwarn):
+    folder = tmp_path / "version_0/checkpoints"
+    folder.mkdir(parents=True)
+    content = (whole.folder / "checkpoints/last.ckpt").read_bytes()
+    (folder / "best.ckpt").write_bytes((whole.folder / "checkpoints/best.ckpt").read_bytes())
+    (folder / "last.ckpt").write_bytes(content[: len(content) // 2])
+    assert find_checkpoint(tmp_path, "last") == folder / "best.ckpt"
+    assert "cut off" in str(recwarn[-1].message)
+
+
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EIO])
+def test_full_disk_leaves_the_former_checkpoint(number, tmp_path, monkeypatch):
+    path, writer = tmp_path / "last.ckpt", WholeCheckpoints()
+    writer.save_checkpoint({"state_dict": {"a": torch.ones(3)}, "hyper_parameters": {}}, path)
+
+    class Full(io.FileIO):
+        def write(self, data):
+            super().write(bytes(data)[:10])
+            raise OSError(number, os.strerror(number))
+
+    with monkeypatch.context() as full:
+        full.setattr(Path, "open", lambda self, mode: Full(str(self), mode))
+        with pytest.raises(OSError, match=r"last\.ckpt: cannot write.*is whole"):
+            writer.save_checkpoint({"state_dict": {"a": torch.zeros(3)}}, path)
+    assert read_checkpoint(path)["state_dict"]["a"].sum() == 3
+    assert [p.name for p in tmp_path.iterdir()] == ["last.ckpt"]
