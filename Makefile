@@ -10,6 +10,15 @@ demo: .venv/done  ## learn human pose from drawn scenes: a few minutes on a lapt
 test: .venv/done  ## the whole suite
 	$(PY) -m pytest -n 2
 
+test-distributed: .venv/done  ## two and three processes: every task, uneven data, a process that dies
+	$(PY) -m pytest -m distributed tests/test_distributed.py
+
+chaos: .venv/done  ## a run that is killed fifty times ends with the weights of one that is not (half an hour)
+	$(PY) benchmarks/chaos.py
+
+doctor: .venv/done  ## what this machine has, and whether a run of three steps works on it
+	$(PY) -m tasks.doctor
+
 coverage: .venv/done  ## the same with coverage of the three packages, whose tracing slows every call down
 	$(PY) -m pytest -n 2 --cov=hrnet --cov=tasks --cov=datamodules --cov-report=term
 
