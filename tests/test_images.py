@@ -217,7 +217,7 @@ def test_broken_image_is_named_when_reached(tmp_path):
         ({"image_id": 1, "bbox": [0, 0, 5]}, "with an area"),
         ({"image_id": 1, "bbox": None}, "with an area"),
         ({"image_id": 1, "bbox": [0, 0, 5, 5], "score": "high"}, "and a score"),
-        ({"image_id": [1], "bbox": [0, 0, 5, 5]}, "`image_id` that is not a whole number or text"),
+        ({"image_id": [1], "bbox": [0, 0, 5, 5]}, "without a file_name or a number"),
         ({"bbox": [0, 0, 5, 5]}, "without a file_name or a number"),
     ],
 )
