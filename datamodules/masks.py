@@ -272,13 +272,23 @@ class MaskData(DataModule):
         pairs = self.pairs(split)
         if not pairs:
             raise DataError(f"{self.place(split)}: the {split} split is empty; add images, or name another folder")
-        faults = [f"{mask} is {b}, {image} is {a}" for image, mask in pairs if (a := dims(image)) != (b := dims(mask))]
+        faults = [fault for pair in pairs if (fault := self.shifted(*pair))]
         if faults:
             raise DataError(
                 f"{len(faults)} masks are of another size (W, H) than their images, so that labels would shift: "
                 f"{'; '.join(faults[:3])}"
             )
         return [Masked(str(image), i, str(mask)) for i, (image, mask) in enumerate(pairs)]
+
+    def shifted(self, image: Path, mask: Path) -> str:
+        """What is wrong with the sizes of a pair; "" if nothing is, or if it will be skipped when it is read."""
+        try:
+            a, b = dims(image), dims(mask)
+        except DataError:
+            if self.skip:
+                return ""
+            raise
+        return "" if a == b else f"{mask} is {b}, {image} is {a}"
 
     def place(self, split: str) -> str:
         """Where a split lies, for messages."""

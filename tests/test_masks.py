@@ -241,6 +241,17 @@ def test_numbers(tmp_path):
         assert np.array_equal(sample["image"][0].permute(1, 2, 0), COLOURS[expected["val"][i]])
 
 
+@pytest.mark.parametrize("place", ["images", "masks"])
+def test_a_file_that_is_no_picture_is_skipped_where_asked(place, tmp_path):
+    folder(names(tmp_path))
+    (tmp_path / place / "val/1.png").write_bytes(b"not even a header")
+    with pytest.raises(DataError, match=r"1\.png: broken or no image"):
+        MaskFolder(str(tmp_path), workers=0).setup("validate")
+    data = MaskFolder(str(tmp_path), workers=0, skip=0.4, eval_batch_size=1)
+    data.setup("validate")
+    assert [int(batch["id"]) for batch in data.val_dataloader()] == [0, 2, 2]
+
+
 def test_test_is_val_unless_there_is_one(tmp_path):
     expected = folder(names(tmp_path), splits=("train", "val", "test"))
     for given, split in ((None, "val"), ("test", "test")):
