@@ -12,7 +12,6 @@ import sys
 import tempfile
 import warnings
 from dataclasses import replace
-from netrc import NetrcParseError, netrc
 from pathlib import Path
 from typing import Any, Literal
 
@@ -31,6 +30,7 @@ from hrnet import HRNetConfig
 from hrnet.backbone import resolve
 from hrnet.checkpoints import WeightsError, config_of, is_source, read, summary
 from hrnet.weights import InitFrom
+from tasks import wandb_run
 from tasks.arguments import CONFIGS, SettingError, asked, spelled_out, whole_numbers, with_default_data
 from tasks.base import Task, plain
 from tasks.callbacks import Faster, FasterTraining
@@ -227,8 +227,11 @@ class CLI(LightningCLI):
             callbacks.append(FasterTraining(fast) if fit else Faster(fast == "compiled"))
         if fit:
             callbacks.append(Finite(self.config_init.fit.nonfinite))
-        config["callbacks"] = callbacks
         others = [x for x in listed(config["logger"]) if isinstance(x, Logger)]
+        if any(isinstance(x, WandbLogger) for x in others):
+            wandb_run.prepare(self.goes_on)
+            callbacks.append(wandb_run.WandbRun())
+        config["callbacks"] = callbacks
         # First, so that the run's folder is its folder; metrics.csv is written always.
         version = None if self.goes_on is None else self.goes_on.name
         own = CSVLogger(config["default_root_dir"], name=self.task, version=version)
@@ -241,22 +244,12 @@ class CLI(LightningCLI):
         if SLURMEnvironment.detect():  # whose own requeueing saves amid a step
             plugins.append(SLURMEnvironment(auto_requeue=False))
         config["plugins"] = plugins
-        if any(isinstance(x, WandbLogger) for x in others) and not wandb_account():
-            os.environ.setdefault("WANDB_MODE", "offline")
         return super().instantiate_trainer(**kwargs)
 
 
 def fast_bf16() -> bool:
     """Whether bf16 pays here: on every current GPU and on CPUs made for it. Never fp16: HRNets give NaN in it."""
     return torch.cuda.is_available() or getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)()
-
-
-def wandb_account() -> bool:
-    """Whether Weights & Biases could log in without asking."""
-    try:
-        return "WANDB_API_KEY" in os.environ or netrc().authenticators("api.wandb.ai") is not None
-    except (OSError, NetrcParseError):
-        return False
 
 
 def listed(value: Any) -> list[Any]:

@@ -370,6 +370,33 @@ def test_wandb_overlay_needs_no_account(cli, small, tmp_path, monkeypatch):
     assert (run.folder / "metrics.csv").is_file()
 
 
+def test_wandb_run_goes_on_and_keeps_the_best(cli, small, tmp_path, monkeypatch):
+    import wandb
+
+    for name in ("WANDB_RUN_ID", "WANDB_RESUME"):
+        monkeypatch.setenv(name, "")  # so that it is put back afterwards
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    kept = []
+    monkeypatch.setattr(wandb.Run, "log_artifact", lambda _, artifact, aliases: kept.append((artifact, aliases)))
+    given = ["-c", CONFIGS / "logging/wandb.yaml", *small, *LONG]
+    try:
+        folder = cli(tmp_path, "fit", *given).folder
+        name = wandb.run.id
+        assert (folder / "wandb_id").read_text() == name
+    finally:
+        wandb.finish()
+    command = [sys.executable, "-m", "tasks.pose", "fit", *given, "--ckpt_path=last", "--trainer.max_epochs=2"]
+    subprocess.run([*map(str, command)], cwd=tmp_path, check=True, capture_output=True, timeout=300)
+    assert (folder / "wandb_id").read_text() == name
+    assert len(list((tmp_path / "runs/wandb").glob(f"offline-run-*-{name}"))) == 2
+    ((best, aliases),) = kept
+    assert best.name == f"pose-{name}"
+    assert list(best.manifest.entries) == ["best.ckpt"]
+    assert aliases == ["best", "latest"]
+    assert 0 <= best.metadata["val/score"] <= 1
+
+
 # Which data
 
 GIVEN = "<given>.yaml"
