@@ -228,7 +228,7 @@ def plain_numbers(values: Sequence[Any]) -> np.ndarray:
 
 def plain_flags(annotations: Sequence[dict[str, Any]]) -> bool:
     """Whether all say 0 or 1 of being a crowd, or nothing."""
-    return {a.get("iscrowd") for a in annotations} <= {None, 0, 1}
+    return all(a.get("iscrowd") in (None, 0, 1) for a in annotations)  # it may be a list, too
 
 
 def check_images(

@@ -121,6 +121,8 @@ class Task(L.LightningModule):
         """In evaluation mode and without gradients, and afterwards as it was."""
         training = self.training
         self.eval()
+        if self.channels_last:  # as `setup` does: other layouts may have other kernels, which round otherwise
+            self.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         try:
             with torch.inference_mode():
                 yield

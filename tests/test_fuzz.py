@@ -103,7 +103,10 @@ class TestCoco:
         ("where", "field", "value"),
         [
             *[("images", field, value) for field, value in (("width", "64"), ("file_name", 0.5), ("id", []))],
-            *[("annotations", field, value) for field, value in (("id", {}), ("image_id", [1]), ("iscrowd", "no"))],
+            *[
+                ("annotations", field, value)
+                for field, value in (("id", {}), ("image_id", [1]), ("iscrowd", "no"), ("iscrowd", [1]))
+            ],
             *[("annotations", "bbox", value) for value in ("7", [[]], {}, [5, 5, 2**70, 30])],
             *[("categories", field, value) for field, value in (("id", None), ("name", 7), ("skeleton", [[1, [2]]]))],
         ],
