@@ -14,24 +14,35 @@ class HRNetV1(nn.Module):
     """One map an output from the finest map alone (paper, fig. 4a; official pose_hrnet.py `final_layer`).
 
     Args:
-        channels: of the maps; only the first is read.
+        channels: of the maps; only the one of `level` is read.
         num_outputs: heatmaps (or classes).
         kernel: 1 as in every official recipe, or 3.
+        level: which map it reads, 0 the finest of stride 4, to 3 of stride 32 (paper, ablation of the resolution of
+            representations). Above 0 the last exchange's layers for finer maps learn nothing, which several processes
+            have to be told: `--trainer.strategy ddp_find_unused_parameters_true`.
 
-    `forward(maps)` gives `[B, num_outputs, H/4, W/4]`.
+    `forward(maps)` gives `[B, num_outputs, H/s, W/s]`, s = 4 << level.
+
+    Raises:
+        ValueError: if there is no such level.
     """
 
     maps = 1
-    """How many maps it reads: what a task asks the backbone for."""
+    """How many maps it asks the backbone for; of an instance, up to the one it reads."""
 
-    def __init__(self, channels: list[int], num_outputs: int, kernel: Literal[1, 3] = 1) -> None:
+    def __init__(
+        self, channels: list[int], num_outputs: int, kernel: Literal[1, 3] = 1, level: Literal[0, 1, 2, 3] = 0
+    ) -> None:
         super().__init__()
-        self.final_layer = nn.Conv2d(channels[0], num_outputs, kernel, padding=kernel // 2)
+        if not 0 <= level < len(channels):
+            raise ValueError(f"level must be 0 (stride 4) to {len(channels) - 1}, got {level}")
+        self.level, self.maps = level, level + 1
+        self.final_layer = nn.Conv2d(channels[level], num_outputs, kernel, padding=kernel // 2)
         # std 0.001 is no detail: from torch's default a pose network does not start to learn.
         initialise(self, "normal")
 
     def forward(self, maps: list[Tensor]) -> Tensor:
-        return self.final_layer(maps[0])
+        return self.final_layer(maps[self.level])
 
 
 class HRNetV2(nn.Module):
@@ -166,6 +177,7 @@ class HRNetV2p(nn.Module):
         levels: levels put out, of strides `finest`, and twice that, ...
         pool: "average" as in every official recipe, or "max".
         finest: stride of the finest level; 8 (official for FCOS) by convolutions of stride 2.
+        representation: "v2" mixes all maps; "v1" takes the finest alone (HRNetV1p, the paper's ablation of V2p).
 
     `forward(maps)` gives `levels` maps `[B, num_outputs, H/finest/2**i, W/finest/2**i]`.
     """
@@ -179,10 +191,14 @@ class HRNetV2p(nn.Module):
         levels: int = 5,
         pool: Literal["average", "max"] = "average",
         finest: Literal[4, 8] = 4,
+        representation: Literal["v1", "v2"] = "v2",
     ) -> None:
         super().__init__()
+        if representation not in ("v1", "v2"):
+            raise ValueError(f"representation must be v1 or v2, got {representation!r}")
+        self.maps = 1 if representation == "v1" else 4
         self.pool = F.avg_pool2d if pool == "average" else F.max_pool2d
-        self.reduction_conv = nn.Sequential(nn.Conv2d(sum(channels), num_outputs, 1))
+        self.reduction_conv = nn.Sequential(nn.Conv2d(sum(channels[: self.maps]), num_outputs, 1))
         self.fpn_conv = nn.ModuleList(
             nn.Conv2d(num_outputs, num_outputs, 3, finest // 4, padding=1) for _ in range(levels)
         )
@@ -192,7 +208,7 @@ class HRNetV2p(nn.Module):
                 nn.init.zeros_(m.bias)  # type: ignore[arg-type]
 
     def forward(self, maps: list[Tensor]) -> list[Tensor]:
-        x = mixed(self.reduction_conv[0], maps, align_corners=False)  # type: ignore[arg-type]
+        x = mixed(self.reduction_conv[0], maps[: self.maps], align_corners=False)  # type: ignore[arg-type]
         # The official floor, but for maps smaller than the window, which it would leave empty.
         small = min(x.shape[-2:])
         levels = [x, *(self.pool(x, 2**i, ceil_mode=small < 2**i) for i in range(1, len(self.fpn_conv)))]

@@ -1,5 +1,7 @@
 """What the command line says, beyond what its parser makes of it."""
 
+import ast
+import json
 import sys
 from pathlib import Path
 from typing import Any
@@ -43,9 +45,24 @@ def whole_numbers(args: list[str]) -> dict[str, int]:
 
 
 def spelled_out(args: list[str]) -> list[str]:
-    """`args` with `--model.init_from.path` for `--model.init_from`: the parser would read a text file as its value."""
-    found = ["--model.init_from.path=" + a.split("=", 1)[1] if a.startswith("--model.init_from=") else a for a in args]
+    """`args` with `--model.init_from.path` for `--model.init_from`: the parser would read a text file as its value. And
+    with null for Python's None, as which the null of a W&B sweep arrives."""
+    before, args = "--model.init_from=", [without_none(a) for a in args]
+    found = [a.replace(before, "--model.init_from.path=", 1) if a.startswith(before) else a for a in args]
+    found = [before + "null" if a == "--model.init_from.path=null" else a for a in found]
     return ["--model.init_from.path" if a == "--model.init_from" else a for a in found]
+
+
+def without_none(arg: str) -> str:
+    """`--name=VALUE` with null for None in a value that is Python's, as is everything a W&B agent passes on; taken for
+    text, it would be a file or a class of that name."""
+    name, mark, value = arg.partition("=")
+    if not (mark and name.startswith("--") and "None" in value):
+        return arg
+    try:
+        return f"{name}={json.dumps(ast.literal_eval(value))}"
+    except (ValueError, SyntaxError, TypeError):  # other text
+        return arg
 
 
 def taken(args: list[str], name: str) -> tuple[str | None, list[str]]:

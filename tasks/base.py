@@ -19,6 +19,7 @@ from torchmetrics import Metric, MetricCollection
 from datamodules.order import seed_of
 from hrnet import PRESETS, HRNet, HRNetConfig
 from hrnet.checkpoints import WeightsError, config_of, grouped, is_source, read, summary
+from hrnet.resnet import RESNETS, ResNet
 from hrnet.weights import InitFrom, load
 
 
@@ -66,7 +67,8 @@ class Task(L.LightningModule):
         if isinstance(backbone, str) and backbone not in PRESETS and is_source(backbone):
             init_from = init_from or InitFrom(backbone, part="backbone")
             backbone = config_of(backbone)
-        self.backbone = HRNet(backbone, maps, init)
+        network: Any = ResNet if backbone in RESNETS else HRNet
+        self.backbone = network(backbone, maps, init)
         self.origin: dict[str, str] | None = None  # of the weights that training started from
         self.optimizer, self.lr_scheduler, self.lr_interval = optimizer, lr_scheduler, lr_interval
         self.init_from = InitFrom(init_from) if isinstance(init_from, str) else init_from

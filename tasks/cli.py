@@ -29,6 +29,7 @@ from datamodules.transforms import DataError
 from hrnet import HRNetConfig
 from hrnet.backbone import resolve
 from hrnet.checkpoints import WeightsError, config_of, is_source, read, summary
+from hrnet.resnet import RESNETS, ResNet
 from hrnet.weights import InitFrom
 from tasks import wandb_run
 from tasks.arguments import CONFIGS, SettingError, asked, spelled_out, whole_numbers, with_default_data
@@ -223,6 +224,8 @@ class CLI(LightningCLI):
         fast, fit = self.config_init[self.subcommand].get("fast", "no"), self.subcommand == "fit"
         if fast == "merged" and fit:
             raise SettingError("--fast merged: weights that learn cannot be merged; fit takes compiled or parallel")
+        if fast != "no" and isinstance(self.model.backbone, ResNet):
+            raise SettingError(f"--fast {fast} is for HRNets, not for {self.model.backbone.config}")
         if fast != "no":
             callbacks.append(FasterTraining(fast) if fit else Faster(fast == "compiled"))
         if fit:
@@ -269,8 +272,10 @@ def check_writable(folder: Path) -> None:
         ) from None
 
 
-def network(backbone: Any) -> HRNetConfig:
-    """The configuration that a parsed or a kept `backbone` stands for."""
+def network(backbone: Any) -> Any:
+    """The configuration that a parsed or a kept `backbone` stands for, or the name if it is a ResNet's."""
+    if backbone in RESNETS:
+        return backbone
     if isinstance(backbone, str) and is_source(backbone):
         return config_of(backbone)
     return resolve(backbone if isinstance(backbone, str | HRNetConfig) else dict(backbone))

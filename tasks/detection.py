@@ -95,7 +95,11 @@ class Detection(Task):
         shorter: int = 800,
         longer: int = 1333,
     ) -> None:
-        super().__init__(backbone, 4, init, optimizer, lr_scheduler, lr_interval, init_from, mean, std, channels_last)
+        with torch.random.fork_rng(devices=[]), torch.device("meta"):
+            maps: int = getattr(detector([1] * 4, 1), "maps", 4)  # what it reads
+        super().__init__(
+            backbone, maps, init, optimizer, lr_scheduler, lr_interval, init_from, mean, std, channels_last
+        )
         self.save_hyperparameters()
         self.keep_hyperparameters(ignore=["evaluation"])
         self.head = detector(self.backbone.channels, num_classes)

@@ -4,6 +4,7 @@
 """
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -48,9 +49,9 @@ class Pose(Task):
     """Keypoints of boxed instances.
 
     Args:
-        backbone: an `HRNetConfig`, or a preset's name such as "w48".
+        backbone: an `HRNetConfig`, or a preset's name such as "w48"; or "resnet18", ..., see `ResNet`.
         head: class of the head; called with the maps' channels and the number of keypoints.
-        codec: how keypoints become heatmaps and come back.
+        codec: how keypoints become heatmaps and come back; its stride follows the `level` that a head reads, if any.
         loss: of output, target `[B, K, h, w]` and weight `[B, K]`.
         flip_test: average with the mirrored image's output; evaluation only.
         num_keypoints, keypoint_names, skeleton, flip_pairs, sigmas: facts of the data (linked on the command line).
@@ -97,6 +98,8 @@ class Pose(Task):
         self.save_hyperparameters()
         self.keep_hyperparameters(ignore=["flip_test"])
         self.head = head(self.backbone.channels, num_keypoints)
+        if level := getattr(self.head, "level", 0):  # it reads a coarser map
+            codec = replace(codec, stride=self.backbone.strides[level])
         self.codec, self.joint_loss, self.flip_test = codec, loss, flip_test
         if (codec.encoding == "udp") != udp:
             rank_zero_warn(

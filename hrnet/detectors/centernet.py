@@ -1,6 +1,6 @@
 """Objects as points (arXiv 1904.07850): a heatmap of centres, and at every centre its offset and the object's size."""
 
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -21,9 +21,10 @@ class CenterNet(nn.Module):
         offset, size: weights of these losses beside the heatmap's (officially 1 and 0.1, in cells of stride 4).
         score, nms, detections: least score, overlap of suppression (1 is none, as officially), and number of what is
             put out.
+        representation: that the mixed map is made of, see `HRNetV2p`.
     """
 
-    maps = 4
+    maps: int = 4
     stride = 4
 
     def __init__(
@@ -38,9 +39,11 @@ class CenterNet(nn.Module):
         score: float = 0.05,
         nms: float = 1.0,
         detections: int = 100,
+        representation: Literal["v1", "v2"] = "v2",
     ) -> None:
         super().__init__()
-        self.neck = HRNetV2p(channels, pyramid, levels=1)
+        self.neck = HRNetV2p(channels, pyramid, levels=1, representation=representation)
+        self.maps = self.neck.maps
 
         def output(channels: int) -> nn.Sequential:
             return nn.Sequential(

@@ -22,7 +22,7 @@ class Levels(nn.Identity):
 class Dense(nn.Module):
     """A pyramid, and one of torchvision's detectors on it, of which all is used but its backbone and transform."""
 
-    maps = 4
+    maps: int = 4
 
     def __init__(
         self,
@@ -31,10 +31,14 @@ class Dense(nn.Module):
         pool: Literal["average", "max"],
         finest: Literal[4, 8],
         limits: tuple[float, float, int],
+        representation: Literal["v1", "v2"],
     ) -> None:
         super().__init__()
         self.score, self.nms, self.detections = limits
-        self.neck = HRNetV2p(channels, detector.backbone.out_channels, pool=pool, finest=finest)
+        self.neck = HRNetV2p(
+            channels, detector.backbone.out_channels, pool=pool, finest=finest, representation=representation
+        )
+        self.maps = self.neck.maps
         self.detector = detector
 
     def loss(self, maps: list[Tensor], batch: Any) -> dict[str, Tensor]:
@@ -74,7 +78,7 @@ class RetinaNet(Dense):
         channels: of the backbone's four maps.
         num_classes: without a background.
         anchors: size of the smallest anchors on the finest level, pixels; each of the five levels doubles it.
-        pool, finest: of the pyramid, see `HRNetV2p`.
+        pool, finest, representation: of the pyramid, see `HRNetV2p`.
         pyramid: channels of the pyramid and of the heads, a multiple of 32.
         score, nms, detections: least score, overlap of suppression, and number of what is put out.
     """
@@ -90,13 +94,14 @@ class RetinaNet(Dense):
         score: float = 0.05,
         nms: float = 0.5,
         detections: int = 100,
+        representation: Literal["v1", "v2"] = "v2",
     ) -> None:
         generator = Anchors([[anchors * 2 ** (i + j / 3) for j in range(3)] for i in range(5)], finest)
         # As in torchvision's second version: without normalisation the heads take very long to learn from scratch.
         head = RetinaNetHead(pyramid, 9, num_classes, norm_layer=partial(nn.GroupNorm, 32))
         head.regression_head._loss_type = "giou"
         detector = detection.RetinaNet(Levels(pyramid), num_classes, anchor_generator=generator, head=head)
-        super().__init__(channels, detector, pool, finest, (score, nms, detections))
+        super().__init__(channels, detector, pool, finest, (score, nms, detections), representation)
 
 
 class FCOS(Dense):
@@ -106,7 +111,7 @@ class FCOS(Dense):
     "5l"); with 4 it is half of that.
 
     Args:
-        channels, num_classes, pool, finest, pyramid, score, nms, detections: see `RetinaNet`.
+        channels, num_classes, pool, finest, pyramid, score, nms, detections, representation: see `RetinaNet`.
         radius: of the places around an object's centre that learn it, in strides (centre sampling).
     """
 
@@ -121,6 +126,7 @@ class FCOS(Dense):
         score: float = 0.05,
         nms: float = 0.6,
         detections: int = 100,
+        representation: Literal["v1", "v2"] = "v2",
     ) -> None:
         generator = Anchors([[finest * 2**i] for i in range(5)], finest, (1.0,), centred=True)
         detector = detection.FCOS(
@@ -129,4 +135,4 @@ class FCOS(Dense):
             anchor_generator=generator,
             center_sampling_radius=radius,
         )
-        super().__init__(channels, detector, pool, finest, (score, nms, detections))
+        super().__init__(channels, detector, pool, finest, (score, nms, detections), representation)

@@ -114,9 +114,11 @@ class RCNN(nn.Module):
         sampled: boxes of an image that each stage learns from.
         samples: points that RoIAlign takes a side in each of its cells; 0 as many as there are pixels, as mmdet does.
         score, nms, detections: least score, overlap of suppression, and number of what is put out.
+        representation: that the pyramid is made of, see `HRNetV2p`.
     """
 
-    maps = 4
+    maps: int = 4
+    """How many of the backbone's maps it reads: with representation "v1" the finest alone."""
 
     def __init__(
         self,
@@ -134,6 +136,7 @@ class RCNN(nn.Module):
         score: float = 0.05,
         nms: float = 0.5,
         detections: int = 100,
+        representation: Literal["v1", "v2"] = "v2",
     ) -> None:
         super().__init__()
         if anchors <= 0 or min(proposals, sampled, pyramid, width) < 1 or samples < 0:
@@ -141,7 +144,8 @@ class RCNN(nn.Module):
                 f"sizes and numbers of an RCNN must be positive, got anchors {anchors}, proposals {proposals}, sampled "
                 f"{sampled}, pyramid {pyramid}, width {width}, samples {samples}"
             )
-        self.neck = HRNetV2p(channels, pyramid, pool=pool)
+        self.neck = HRNetV2p(channels, pyramid, pool=pool, representation=representation)
+        self.maps = self.neck.maps
         self.classes = num_classes
         generator = Anchors([[anchors * 2**i] for i in range(5)], 4)
         kept = {"training": proposals, "testing": proposals}
