@@ -43,13 +43,13 @@ bccd: .venv/done  ## train on the blood cells below DATA, then judge the best ep
 pennfudan: .venv/done  ## train on the pedestrians below DATA, boxes and masks
 	$(PY) -m tasks.detection fit -c configs/detection/pennfudan.yaml --data.root $(DATA)/pennfudan
 
-sweep: .venv/done  ## a sweep of configs/sweeps without an account: make sweep SWEEP=width ARGS='--jobs 2'
+sweep: .venv/bench  ## a sweep of configs/sweeps without an account: make sweep SWEEP=width ARGS='--jobs 2'
 	$(PY) -m tasks.sweep configs/sweeps/$(SWEEP).yaml $(ARGS)
 
 pretraining: .venv/done  ## what configs/sweeps/pretraining.yaml starts from: the embedded scenes, classified
 	$(PY) -m tasks.classification fit --trainer.default_root_dir runs/pretraining --ckpt_path auto
 
-ablations: .venv/done  ## the paper's ablations on the embedded data, beside its numbers: less than an hour on two cores
+ablations: .venv/bench  ## the paper's ablations on the embedded data, beside its numbers: less than an hour on two cores
 	$(PY) benchmarks/ablations.py $(ARGS)
 
 overfit: .venv/done  ## every detector learns eight pictures of DATA/coco-sample by heart

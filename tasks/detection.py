@@ -95,7 +95,7 @@ class Detection(Task):
         shorter: int = 800,
         longer: int = 1333,
     ) -> None:
-        with torch.random.fork_rng(devices=[]), torch.device("meta"):
+        with torch.random.fork_rng(devices=[]):
             maps: int = getattr(detector([1] * 4, 1), "maps", 4)  # what it reads
         super().__init__(
             backbone, maps, init, optimizer, lr_scheduler, lr_interval, init_from, mean, std, channels_last

@@ -3,6 +3,7 @@
 import importlib
 import importlib.util
 import math
+import re
 import shutil
 
 import pytest
@@ -163,7 +164,11 @@ def built(run):
     task, data = run.model, run.datamodule
     weight = next(task.parameters())
     parts = {k: tuple(v.shape) for k, v in task.state_dict().items()}
-    parts |= {"first": float(weight.detach().sum()), "from": str(task.init_from), "codec": str(getattr(task, "codec", ""))}
+    parts |= {
+        "first": float(weight.detach().sum()),
+        "from": str(task.init_from),
+        "codec": str(getattr(task, "codec", "")),
+    }
     parts |= {"head": type(task.head).__name__, "level": getattr(task.head, "level", 0)}
     parts |= {"size": str(getattr(data, "size", "")), "batch": data.batch_size}
     return parts | {"rate": task.optimizer([torch.nn.Parameter(weight.detach())]).defaults["lr"]}
@@ -229,3 +234,18 @@ def test_the_table_of_ablations_says_which_way_the_paper_went(monkeypatch):
     assert [line[6] for line in lines] == ["", "within spread", "agrees"]
     assert ablations.compared(-0.1, 0.01, 2.6) == "differs"
     assert ablations.compared(math.nan, 0.01, 2.6) == "not run"
+
+
+@pytest.mark.parametrize("path", [p for p in SWEEPS if p.stem != "learning_rate"], ids=lambda p: p.stem)
+def test_a_sweep_parses_on_the_data_its_first_lines_name(path, place, cli, capsys):
+    sweep = read_sweep(path)
+    (config,) = re.findall(r"--config (configs/\S+\.yaml)", path.read_text())
+    args = args_of(planned(sweep, 1, 0, [config], place / "none")[0])
+    with pytest.raises(SystemExit) as end:
+        cli(
+            place,
+            *(a for a in args if not a.startswith("--ckpt_path")),
+            "--print_config",
+            task=TASKS[config.split("/")[1]],
+        )
+    assert end.value.code in (0, None)
