@@ -37,11 +37,11 @@ class Ablation(NamedTuple):
 
 HRNET, HRNETV2 = "arXiv 1908.07919", "arXiv 1904.04514, as cited by others"
 ABLATIONS = [
-    Ablation("fusion", "exchanges, pose", [("1", 70.8), ("3", 71.9), ("8", 73.4)], f"{HRNET}, table 12"),
+    Ablation("fusion", "exchanges, pose", [("1 in all", 70.8), ("3", 71.9), ("8", 73.4)], f"{HRNET}, table 12"),
     Ablation(
         "resolution",
         "stride of the heatmaps",
-        [("16", 55.0), ("8", 68.9), ("4", 74.4)],
+        [("stride 16", 55.0), ("8", 68.9), ("4", 74.4)],
         f"{HRNET}, resolution ablation",
     ),
     Ablation("representation_pose", "V1, V2: pose", [("V1-W32", 73.4), ("V2-W32", 73.6)], HRNET),
