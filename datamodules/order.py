@@ -27,7 +27,11 @@ class Order(DistributedSampler):
 
     Attributes:
         begun: an epoch, and how many of its batches to leave out.
+        steps: batches an epoch, for a run that counts epochs otherwise than in passes over these samples: the passes
+            follow each other as they would, each in its own order, wherever such an epoch ends. None is one pass.
     """
+
+    steps: int | None = None
 
     def __init__(
         self,
@@ -43,14 +47,28 @@ class Order(DistributedSampler):
         self.batch_size, self.groups = batch_size, groups
         self.begun = (-1, 0)
 
+    def __len__(self) -> int:
+        return super().__len__() if self.steps is None else self.steps * self.batch_size
+
     def __iter__(self) -> Iterator[tuple[int, int, int]]:  # type: ignore[override]
-        generator = torch.Generator().manual_seed(seed_of(self.seed, self.epoch))
+        if self.steps is None:
+            keys = self.one_pass(self.epoch)
+        else:
+            batches = self.num_samples // self.batch_size  # of a pass
+            number, begun = divmod(self.epoch * self.steps, batches)
+            passes = range(number, number + -(-(begun + self.steps) // batches))
+            keys = [key for p in passes for key in self.one_pass(p)[: batches * self.batch_size]]
+            keys = keys[begun * self.batch_size :][: len(self)]
+        return iter(keys[self.skipped() * self.batch_size :])
+
+    def one_pass(self, number: int) -> list[tuple[int, int, int]]:
+        """All samples of this process once, in the order of the `number`th epoch."""
+        generator = torch.Generator().manual_seed(seed_of(self.seed, number))
         order = torch.randperm(len(self.dataset), generator=generator).tolist()  # type: ignore[arg-type]
         if self.groups is not None:
             order = grouped(order, self.groups, self.batch_size * self.num_replicas)
         order = order[: self.total_size] if self.drop_last else (order * self.num_replicas)[: self.total_size]
-        own = order[self.rank :: self.num_replicas]
-        return iter([(self.seed, self.epoch, index) for index in own[self.skipped() * self.batch_size :]])
+        return [(self.seed, number, index) for index in order[self.rank :: self.num_replicas]]
 
     def skipped(self) -> int:
         """Batches that are left out of this epoch."""

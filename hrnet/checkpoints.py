@@ -54,6 +54,7 @@ class Checkpoint:
         dialect: whose names they were.
         others: names that this dialect's table does not know, such as a detector's.
         protocol: settings of our tasks, by their names, that follow from the file; see `hrnet.protocols`.
+        parts: names of the tasks of a joint run, of which this is the backbone alone.
     """
 
     path: str
@@ -61,6 +62,7 @@ class Checkpoint:
     dialect: str
     others: list[str] = field(default_factory=list)
     protocol: dict[str, Any] = field(default_factory=dict)
+    parts: list[str] = field(default_factory=list)
 
     @property
     def config(self) -> HRNetConfig:
@@ -80,6 +82,8 @@ class Checkpoint:
     @property
     def head(self) -> str:
         """What the head is for."""
+        if self.parts:
+            return f"{', '.join(self.parts)} (one of them is {self.path}#{self.parts[0]})"
         return next((v for k, v in HEADS.items() if any(key.startswith(k) for key in self.state)), "none")
 
     @property
@@ -121,7 +125,7 @@ def read(path: str | Path, trust: bool = False, dialect: str | None = None) -> C
     """The tensors of a checkpoint under our names.
 
     Args:
-        path: of a file, its URL, or `timm:<model name>`.
+        path: of a file, its URL, or `timm:<model name>`; of a joint run's checkpoint, `file.ckpt#pose` is one task's.
         trust: see `InitFrom`; False never unpickles anything but tensors and plain data.
         dialect: whose names to take them for; None tells by content.
 
@@ -129,14 +133,18 @@ def read(path: str | Path, trust: bool = False, dialect: str | None = None) -> C
         WeightsError: if the file is missing, cannot be fetched, holds other objects, or is no HRNet.
     """
     content: Any
-    if str(path).startswith("timm:"):
-        content = timm_model(str(path).removeprefix("timm:"))
+    place, mark, part = str(path).partition("#") if ".ckpt#" in str(path) else (str(path), "", "")
+    if place.startswith("timm:"):
+        content = timm_model(place.removeprefix("timm:"))
     else:
         try:
-            file = fetched(str(path)) if "://" in str(path) else Path(path)
+            file = fetched(place) if "://" in place else Path(place)
         except DownloadError as error:
             raise WeightsError(str(error)) from None
         content = from_file(file, trust)
+    if mark:
+        content = part_of(content, part, place)
+    parts = list(content.get("parts") or ()) if isinstance(content, dict) else []
     meta: Any = {}
     if isinstance(content, dict):  # of OpenMMLab's files, and of ours
         meta = content.get("meta")
@@ -170,10 +178,35 @@ def read(path: str | Path, trust: bool = False, dialect: str | None = None) -> C
         if "backbone.stage2.0.branches.0.0.conv1.weight" not in state:
             raise WeightsError(f"{path}: its names are not those of {name}: they begin with {grouped(list(tensors))}")
         others = [k for k in others if not k.startswith("loss.")]
-        found = Checkpoint(str(path), state, name, others, protocol_of(name, state, meta))
+        found = Checkpoint(str(path), state, name, others, protocol_of(name, state, meta), parts)
     if "backbone.conv1.weight" in state and "backbone.layer1.0.conv1.weight" in state:
         _ = found.config  # its shapes and settings are those of a network
     return found
+
+
+def part_of(content: Any, name: str, path: str) -> dict[str, Any]:
+    """The checkpoint of one task, out of that of a joint run: backbone, the task's own batch statistics, and its head.
+
+    Raises:
+        WeightsError: if it is no such checkpoint, or there is no task of that name.
+    """
+    parts = content.get("parts") if isinstance(content, dict) else None
+    if not parts:
+        raise WeightsError(f"{path}: not a checkpoint of a joint run, so it has no part {name!r}; give the path alone")
+    if name not in parts:
+        raise WeightsError(
+            f"{path}: a joint run of {', '.join(parts)}, not of {name!r}; say {path}#{next(iter(parts))}"
+        )
+    state, found = content["state_dict"], {}
+    last = max(int(key.split(".")[2]) for key in state if key.startswith("backbone.stage4."))
+    spare = tuple(f"backbone.stage4.{last}.fuse_layers.{i}." for i in range(parts[name]["maps"], 4))
+    for key, value in state.items():
+        if key.startswith("backbone.") and not key.startswith(spare):
+            found[key] = state.get(f"statistics.{name}.{key.removeprefix('backbone.').replace('.', '/')}", value)
+        elif key.startswith(f"tasks.{name}."):
+            found[key.removeprefix(f"tasks.{name}.")] = value
+    rest = {k: content[k] for k in ("epoch", "global_step", "pytorch-lightning_version") if k in content}
+    return rest | {"state_dict": found, "hyper_parameters": parts[name]["hyper_parameters"]}
 
 
 @contextmanager

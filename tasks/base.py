@@ -208,14 +208,16 @@ class Task(L.LightningModule):
     def on_test_epoch_end(self) -> None:
         self.log_metric("test")
 
-    def log_metric(self, split: str) -> None:
+    def log_metric(self, split: str) -> float:
         """Log the data set's numbers, and its first one once more as `<split>/score`, which checkpoints go by."""
         metric = self.metrics[split]
         assert isinstance(metric, Metric | MetricCollection)
         values = {k: float(v) for k, v in metric.compute().items()}
         metric.reset()
         self.log_dict({f"{split}/{k}": v for k, v in values.items()})
-        self.log(f"{split}/score", next(iter(values.values())), prog_bar=True)
+        score = next(iter(values.values()))
+        self.log(f"{split}/score", score, prog_bar=True)
+        return score
 
     def setup(self, stage: str) -> None:
         if self.channels_last:
@@ -223,6 +225,10 @@ class Task(L.LightningModule):
         data: Any = self.trainer.datamodule  # type: ignore[attr-defined]
         for split in {"fit": ["val"], "validate": ["val"], "test": ["test"]}.get(stage, []):
             self.metrics[split] = data.metric(split)
+        self.take_weights(stage)
+
+    def take_weights(self, stage: str) -> None:
+        """Load what `init_from` names, and report it."""
         if self.init_from is not None:
             report = load(self, self.init_from)
             rank_zero_info(report)
@@ -255,16 +261,20 @@ class Task(L.LightningModule):
         if "loops" in checkpoint:
             finish_epoch(checkpoint["loops"]["fit_loop"])
 
+    def groups(self) -> Any:
+        """What the optimiser is called with: parameters, or groups of them, whose `factor` is on the learning rate."""
+        if self.head_lr == 1:
+            return self.parameters()
+        head = {id(p) for p in self.head.parameters()}  # type: ignore[union-attr]
+        parts = [[p for p in self.parameters() if (id(p) in head) == mine] for mine in (False, True)]
+        return [{"params": parts[0]}, {"params": parts[1], "factor": self.head_lr}]
+
     def configure_optimizers(self) -> Any:
         if self.optimizer is None:
             raise ValueError("this task was built without an optimizer; give `optimizer`, or use the command line")
-        if self.head_lr == 1:
-            optimizer = self.optimizer(self.parameters())
-        else:
-            head = {id(p) for p in self.head.parameters()}  # type: ignore[union-attr]
-            parts = [[p for p in self.parameters() if (id(p) in head) == mine] for mine in (False, True)]
-            optimizer = self.optimizer([{"params": part} for part in parts])  # type: ignore[arg-type]
-            optimizer.param_groups[1]["lr"] *= self.head_lr
+        optimizer = self.optimizer(self.groups())
+        for group in optimizer.param_groups:
+            group["lr"] *= group.get("factor", 1)
         if self.lr_scheduler is None:
             return optimizer
         scheduler: Any = self.lr_scheduler(optimizer)
