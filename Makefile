@@ -2,7 +2,7 @@
 PYTHON ?= python3
 PY := .venv/bin/python
 
-.PHONY: demo test coverage lint smoke-configs camvid bccd pennfudan sweep pretraining ablations overfit bench bench-gpu clean
+.PHONY: demo test coverage lint docs smoke-configs camvid bccd pennfudan sweep pretraining ablations overfit bench bench-gpu clean
 
 demo: .venv/done  ## learn human pose from drawn scenes: a few minutes on a laptop's CPU
 	$(PY) -m tasks.pose fit
@@ -26,6 +26,9 @@ lint: .venv/done
 	.venv/bin/ruff check .
 	.venv/bin/ruff format --check .
 	.venv/bin/mypy
+
+docs: .venv/docs  ## the documentation as pages in site/, every link and anchor in it checked
+	.venv/bin/mkdocs build --strict
 
 smoke-configs: .venv/done  ## build every config of the project and push one fake batch through it
 	$(PY) -m pytest -q tests/test_configs.py
@@ -69,7 +72,7 @@ bench-gpu: .venv/done  ## forward passes and training steps on a GPU, with the s
 	$(PY) benchmarks/training.py --device cuda
 
 clean:  ## removes what the targets above made, but no runs: those are yours
-	rm -rf .venv .pytest_cache .ruff_cache .mypy_cache .hypothesis .coverage *.egg-info build
+	rm -rf .venv .pytest_cache .ruff_cache .mypy_cache .hypothesis .coverage *.egg-info build site
 
 # uv installs in seconds what takes pip minutes; it is itself only a wheel.
 .venv/done: pyproject.toml constraints.txt
@@ -80,4 +83,8 @@ clean:  ## removes what the targets above made, but no runs: those are yours
 
 .venv/bench: .venv/done
 	.venv/bin/uv pip install --quiet --python $(PY) -c constraints.txt -e '.[bench]'
+	touch $@
+
+.venv/docs: .venv/done
+	.venv/bin/uv pip install --quiet --python $(PY) -c constraints.txt -e '.[docs]'
 	touch $@
