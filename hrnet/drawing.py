@@ -13,7 +13,7 @@ from typing import Any, Literal
 import torch
 
 from hrnet.backbone import PRESETS, HRNet, HRNetConfig, resolve
-from hrnet.blocks import Module
+from hrnet.blocks import Bottleneck, Module
 
 COLOURS = ("#c0562f", "#c99a2e", "#4f8a5b", "#3f6fa5")
 """Of the strides 4, 8, 16 and 32."""
@@ -38,9 +38,9 @@ def drawing(config: HRNetConfig | str | Mapping[str, Any] = "w32", outputs: int 
     with torch.device("meta"):
         network = HRNet(config, outputs)
     config, parts, x = network.config, list[str](), LEFT
-    wide = network.layer1[-1].conv3.out_channels
+    count, planes = config.stem
     parts += [text(8, TOP + 4, "image"), line(48, TOP, x, TOP, 0, "stem"), text(52, TOP - 10, "2 convolutions", 9)]
-    parts += units(x, 0, len(network.layer1), "bottleneck", wide)
+    parts += units(x, 0, count, "bottleneck", planes * Bottleneck.expansion)
     parts.append(text(x, 18, "stage 1", 12))
     x += BOX
     for number, stage in enumerate((network.stage2, network.stage3, network.stage4), 2):

@@ -106,4 +106,8 @@ def with_default_data(task: str, args: list[str]) -> list[str]:
     if args[0] == "predict" and not any(a.startswith(("--data.path", "-h", "--help", "--print")) for a in args):
         raise SettingError("say what to predict on: --data.path FOLDER (or a picture, a pattern, a list, a video)")
     default = CONFIGS / task / ("predict.yaml" if args[0] == "predict" else "rendered.yaml")
-    return [args[0], "--config", str(default), *args[1:]]
+    if default.is_file():
+        return [args[0], "--config", str(default), *args[1:]]
+    if {"-h", "--help"} & {*args}:
+        return args
+    raise SettingError(f"{task} has no data that it takes by itself ({default} is missing): give --data or -c")
