@@ -26,6 +26,7 @@ from tasks.pose import Pose
 
 ROOT = Path(__file__).parent.parent
 DOCS = ROOT / "docs"
+pytestmark = pytest.mark.filterwarnings("ignore:.*found in sys.modules")  # modules are run as by `-m`
 PAGES = sorted([ROOT / "README.md", *DOCS.glob("**/*.md")])
 NAMES = [p.relative_to(ROOT).as_posix() for p in PAGES]
 BARE = ("hrnet.table", "tasks.doctor")
@@ -247,6 +248,18 @@ def test_our_names_in_the_tables_of_other_code_exist(section, parse):
     settings = re.findall(r"`(-(?:-|c )[^`]+)`", "\n".join(parts))
     assert len(settings) > 8
     module, data = SECTIONS[section]
+    parse([module, "fit", "--data", data, *shlex.split(" ".join(settings))])
+
+
+@pytest.mark.parametrize(
+    "page", ["pose", "segmentation", "detection", "classification", "weights", "speed", "how-it-works"]
+)
+def test_settings_within_the_text_exist(page, parse):
+    settings = re.findall(r"`(--(?:data|model|trainer|fast)[.\w]* [^`]+)`", (DOCS / f"{page}.md").read_text())
+    assert settings
+    settings = [s for s in settings if "--fast merged" not in s and ".upsample" not in s]  # not of `fit`; of two tasks
+    module, data = SECTIONS.get(page.capitalize(), SECTIONS["Pose"])
+    data = data.replace("cityscapes.Cityscapes", "mask_folder.MaskFolder")
     parse([module, "fit", "--data", data, *shlex.split(" ".join(settings))])
 
 
