@@ -259,7 +259,11 @@ def test_settings_within_the_text_exist(page, parse):
     assert settings
     settings = [s for s in settings if "--fast merged" not in s and ".upsample" not in s]  # not of `fit`; of two tasks
     module, data = SECTIONS.get(page.capitalize(), SECTIONS["Pose"])
-    data = data.replace("cityscapes.Cityscapes", "mask_folder.MaskFolder")
+    for short, whole in (
+        ("cityscapes.Cityscapes", "mask_folder.MaskFolder"),
+        ("image_folder.ImageFolder", "shards.Shards"),
+    ):
+        data = data.replace(short, whole)  # the one whose settings the page names
     parse([module, "fit", "--data", data, *shlex.split(" ".join(settings))])
 
 
