@@ -74,17 +74,18 @@ bench-gpu: .venv/done  ## forward passes and training steps on a GPU, with the s
 clean:  ## removes what the targets above made, but no runs: those are yours
 	rm -rf .venv .pytest_cache .ruff_cache .mypy_cache .hypothesis .coverage *.egg-info build site
 
-# uv installs in seconds what takes pip minutes; it is itself only a wheel.
+# uv installs in seconds what takes pip minutes; it is itself only a wheel. Compiled at once, the packages load in a third of the
+# time, also where Python may not write bytecode (PYTHONDONTWRITEBYTECODE, read-only folders).
 .venv/done: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
 	.venv/bin/pip install --quiet --disable-pip-version-check uv
-	.venv/bin/uv pip install --quiet --python $(PY) -c constraints.txt -e '.[dev]'
+	.venv/bin/uv pip install --quiet --compile-bytecode --python $(PY) -c constraints.txt -e '.[dev]'
 	touch $@
 
 .venv/bench: .venv/done
-	.venv/bin/uv pip install --quiet --python $(PY) -c constraints.txt -e '.[bench]'
+	.venv/bin/uv pip install --quiet --compile-bytecode --python $(PY) -c constraints.txt -e '.[bench]'
 	touch $@
 
 .venv/docs: .venv/done
-	.venv/bin/uv pip install --quiet --python $(PY) -c constraints.txt -e '.[docs]'
+	.venv/bin/uv pip install --quiet --compile-bytecode --python $(PY) -c constraints.txt -e '.[docs]'
 	touch $@
