@@ -21,6 +21,7 @@ from hrnet import PRESETS, HRNet, HRNetConfig
 from hrnet.checkpoints import WeightsError, config_of, grouped, is_source, read, summary
 from hrnet.resnet import RESNETS, ResNet
 from hrnet.weights import InitFrom, load
+from tasks.findings import LossFindings
 
 
 class Task(L.LightningModule):
@@ -47,6 +48,8 @@ class Task(L.LightningModule):
     """Kinds of heads (`hrnet.checkpoints.HEADS`) that its published networks have."""
     facts: tuple[str, ...] = ()
     protocol: tuple[str, ...] = ()
+    findings: Any = LossFindings
+    """Class of what `analyse` finds wrong, see `tasks.findings`."""
     head_lr = 1.0
     """Factor on the head's learning rate."""
 

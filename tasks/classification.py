@@ -25,6 +25,7 @@ from hrnet.heads import Classification as ClassificationHead
 from hrnet.weights import InitFrom
 from tasks.base import Task
 from tasks.cli import main
+from tasks.findings import LabelFindings
 
 
 class Classification(Task):
@@ -46,6 +47,7 @@ class Classification(Task):
     heads = ("classification",)
     facts = ("num_classes", "class_names", "size", "resize")
     protocol = ("size", "resize")
+    findings = LabelFindings
 
     def __init__(
         self,

@@ -1,4 +1,4 @@
-"""The one command line of all tasks: `python -m tasks.<task> fit|validate|test|predict`."""
+"""The one command line of all tasks: `python -m tasks.<task> fit|validate|test|predict|analyse|export`."""
 
 import errno
 import importlib
@@ -31,7 +31,7 @@ from hrnet.backbone import resolve
 from hrnet.checkpoints import WeightsError, config_of, is_source, read, summary
 from hrnet.resnet import RESNETS, ResNet
 from hrnet.weights import InitFrom
-from tasks import wandb_run
+from tasks import analyse, wandb_run
 from tasks.arguments import CONFIGS, SettingError, asked, spelled_out, whole_numbers, with_default_data
 from tasks.base import Task, plain
 from tasks.callbacks import Faster, FasterTraining
@@ -313,6 +313,8 @@ def main(task: type[Task], args: list[str] | None = None) -> CLI:
         if given[:1] == ["export"]:
             export(task, given[1:])
             raise SystemExit
+        if given[:1] == ["analyse"]:
+            given = analyse.arguments(task, given[1:])
         given = task.arguments(spelled_out(given))
         sys.argv[1:] = with_default_data(name, given)
         return CLI(

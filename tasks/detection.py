@@ -32,6 +32,7 @@ from hrnet.weights import InitFrom
 from tasks.arguments import SettingError
 from tasks.base import Task, images_a_step, rate_of, shown
 from tasks.cli import main
+from tasks.findings import BoxFindings
 from tasks.resume import find_checkpoint, read_checkpoint
 
 
@@ -74,6 +75,7 @@ class Detection(Task):
     heads = ("detection",)
     facts = ("num_classes", "class_names", "category_ids", "shorter", "longer")
     protocol = ("shorter", "longer")
+    findings = BoxFindings
 
     def __init__(
         self,

@@ -28,6 +28,7 @@ from tasks.arguments import SettingError, taken
 from tasks.base import Task, plain
 from tasks.cli import main
 from tasks.detection import write_boxes
+from tasks.findings import PoseFindings
 
 COCO = Keypoints(
     names=[
@@ -64,6 +65,7 @@ class Pose(Task):
     """What the command line passes from the data to the task when fitting and evaluating..."""
     protocol = ("size", "padding", "udp")
     """...and from the task to the data when predicting."""
+    findings = PoseFindings
 
     flip_index: Tensor
 

@@ -31,6 +31,7 @@ from hrnet.losses import OHEM, CrossEntropy
 from hrnet.weights import InitFrom
 from tasks.base import Task
 from tasks.cli import main
+from tasks.findings import MaskFindings
 
 PUBLISHED = {
     19: [name for _, name, *_ in cityscapes.CLASSES],
@@ -65,6 +66,9 @@ class Segmentation(Task):
     heads = ("segmentation", "segmentation with OCR", "pose")  # the last: HRNetV1
     facts = ("num_classes", "class_names", "palette", "class_weights", "flip_pairs", "eval_size")
     protocol = ("eval_size",)
+    findings = MaskFindings
+    tells_confidence = False
+    """Whether `predict` says how sure it is of every pixel, too."""
 
     flip_index: Tensor
     weight: Tensor | None
@@ -142,9 +146,11 @@ class Segmentation(Task):
         return losses
 
     def predict(self, features: list[Tensor], batch: Any) -> dict[str, Tensor]:
-        """`label` uint8 `[B, h, w]`, the best class of every pixel, at the batch's `size`."""
+        """`label` uint8 `[B, h, w]`, the best class of every pixel, at the batch's `size`; where that is asked for
+        `confidence` `[B, h, w]`, its share of all scores."""
         scores = self.scores(features, batch["image"], size_of(batch))
-        return {"label": scores.argmax(1).to(torch.uint8 if scores.shape[1] <= 256 else torch.int32)}
+        found = {"label": scores.argmax(1).to(torch.uint8 if scores.shape[1] <= 256 else torch.int32)}
+        return found | {"confidence": scores.amax(1) / scores.sum(1)} if self.tells_confidence else found
 
     def scores(self, features: list[Tensor], image: Tensor, size: tuple[int, int]) -> Tensor:
         """Scores `[B, C, *size]` by the protocol; what was computed of the whole image already is used."""
