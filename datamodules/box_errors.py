@@ -159,16 +159,17 @@ def average_precision(found: Array, objects: Array, number: int, fewer: Array | 
 
 
 def mended(found: Array, objects: Array, number: int, name: str) -> Array:
-    """AP of each class if all errors of a kind were mended: of the boxes that could find one object the surest does,
-    with its class, and the others go, as do boxes that are wrong altogether; what is missed is not looked for."""
+    """AP of each class if all errors of a kind were mended: of the boxes that could find one object, whatever their
+    error, the surest does, with its class; all others of the kind go. What is missed is not looked for."""
     if name == "missed":
         return average_precision(found, objects, number, np.bincount(objects[objects[:, 2] > 0, 0], minlength=number))
     wrong = found[:, 2] == KINDS.index(name)
     found = found.copy()
-    candidates = np.flatnonzero(wrong & (found[:, 4] >= 0))
+    candidates = np.flatnonzero((found[:, 2] != KINDS.index("right")) & (found[:, 4] >= 0))
     candidates = candidates[np.argsort(-found[candidates, 1], kind="stable")]
     _, first = np.unique(found[candidates, 4], return_index=True)
     best = candidates[first]
+    best = best[wrong[best]]
     found[best, 2], found[best, 0] = KINDS.index("right"), found[best, 3]
     wrong[best] = False
     return average_precision(found[~wrong], objects, number)

@@ -14,6 +14,7 @@ from typing import Any
 
 import lightning as L
 import torch
+import yaml
 from lightning.pytorch.callbacks import Callback
 
 from tasks import report
@@ -24,12 +25,18 @@ from tasks.findings import pick
 from tasks.resume import find_checkpoint, read_checkpoint, rows_of
 
 
+ONE = (
+    "analyse looks at every sample in one process, and here are {}; leave --trainer.devices and --trainer.num_nodes "
+    "out, and start it without torchrun or srun"
+)
+
+
 def arguments(task: type[Task], args: list[str]) -> list[str]:
     """Those of `validate` with the callback below: the checkpoint's own data and way to evaluate, unless others are
     named, in one process.
 
     Raises:
-        SettingError: without a checkpoint or weights.
+        SettingError: without a checkpoint or weights, or with several processes.
     """
     name = task.__module__.rsplit(".", 1)[-1]
     if args and not args[0].startswith("-"):
@@ -37,6 +44,11 @@ def arguments(task: type[Task], args: list[str]) -> list[str]:
     given, rest = taken(args, "--ckpt_path")
     if given is None and not any(a.startswith(("--model.init_from", "-h", "--help", "--print")) for a in args):
         raise SettingError(f"say what to analyse: python -m {task.__module__} analyse CHECKPOINT (or best, or last)")
+    for option in ("devices", "num_nodes"):  # before any process waits for another
+        asked = yaml.safe_load(taken(args, f"--trainer.{option}")[0] or "1")
+        asked = len(asked) if isinstance(asked, list) else asked
+        if isinstance(asked, int) and asked != 1:
+            raise SettingError(ONE.format(asked))
     added = ["--trainer.devices=1"]
     if given is not None:
         root = taken(args, "--trainer.default_root_dir")[0] or "runs"
@@ -79,10 +91,7 @@ class Analysis(Callback):
 
     def setup(self, trainer: L.Trainer, task: Any, stage: str) -> None:
         if trainer.world_size > 1:
-            raise SettingError(
-                f"analyse looks at every sample in one process, and here are {trainer.world_size}; leave "
-                f"--trainer.devices and --trainer.num_nodes out, and start it without torchrun or srun"
-            )
+            raise SettingError(ONE.format(trainer.world_size))
 
     def on_validation_start(self, trainer: L.Trainer, task: Any) -> None:
         self.data: Any = trainer.datamodule  # type: ignore[attr-defined]

@@ -29,7 +29,7 @@ td.bar { width: 45%; min-width: 7rem; } caption { text-align: left; padding-bott
 .side { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 20rem), 1fr)); gap: 1rem; }
 .side > * { min-width: 0; } figure { margin: 0; padding: .6rem; background: var(--panel); border-radius: .4rem; }
 figure img { display: block; width: 100%; max-height: 26rem; object-fit: contain; }
-svg { display: block; } svg.plot { width: 100%; max-width: 32rem; height: auto; }
+svg { display: block; } svg.plot { width: 100%; max-width: 26rem; height: auto; }
 svg text { fill: var(--soft); font-size: 11px; }
 .key { display: inline-block; width: .8em; height: .8em; margin: 0 .3em 0 .8em; border-radius: .15em; }
 .f0 { fill: var(--c0); } .f1 { fill: var(--c1); } .f2 { fill: var(--c2); } .f3 { fill: var(--c3); }
@@ -125,7 +125,7 @@ def plot(title: str, series: Mapping[str, Sequence[tuple[float, float]]], across
     xs, ys = zip(*points, strict=True)
     x0, x1, y0, y1 = (0.0, 1.0, 0.0, 1.0) if square else (min(xs), max(xs), min(0, *ys, 0), max(ys))
     x1, y1 = (x1 if x1 > x0 else x0 + 1), (y1 if y1 > y0 else y0 + 1)
-    left, top, wide, high = 44, 8, 290, 260 if square else 170
+    left, top, wide, high = 54, 8, 270, 260 if square else 170
 
     def place(x: float, y: float) -> tuple[float, float]:
         return left + wide * (x - x0) / (x1 - x0), top + high * (1 - (y - y0) / (y1 - y0))
@@ -134,8 +134,8 @@ def plot(title: str, series: Mapping[str, Sequence[tuple[float, float]]], across
     for i in range(5):
         x, y = place(x0 + (x1 - x0) * i / 4, y0 + (y1 - y0) * i / 4)
         marks += f'<path class="grid" d="M{left} {y:.1f}H{left + wide}"/>'
-        marks += f'<text x="{left - 5}" y="{y + 4:.1f}" text-anchor="end">{y0 + (y1 - y0) * i / 4:.3g}</text>'
-        marks += f'<text x="{x:.1f}" y="{top + high + 14}" text-anchor="middle">{x0 + (x1 - x0) * i / 4:.3g}</text>'
+        marks += f'<text x="{left - 5}" y="{y + 4:.1f}" text-anchor="end">{tick(y0 + (y1 - y0) * i / 4)}</text>'
+        marks += f'<text x="{x:.1f}" y="{top + high + 14}" text-anchor="middle">{tick(x0 + (x1 - x0) * i / 4)}</text>'
     if square:
         a, b = place(0, 0), place(1, 1)
         marks += f'<path class="grid" stroke-dasharray="4" d="M{a[0]} {a[1]}L{b[0]} {b[1]}"/>'
@@ -152,6 +152,11 @@ def plot(title: str, series: Mapping[str, Sequence[tuple[float, float]]], across
     marks += f'<text x="{left + wide}" y="{top + high + 28}" text-anchor="end">{html.escape(across)}</text>'
     drawn = f'<svg class="plot" viewBox="0 0 340 {top + high + 34}" role="img">{marks}</svg>'
     return f"<figure><h3>{html.escape(title)}</h3>{drawn}{legend(list(series))}</figure>"
+
+
+def tick(value: float) -> str:
+    """A number beside an axis."""
+    return f"{value:,.0f}" if abs(value) >= 100 else f"{value:.2g}"
 
 
 def reliability(title: str, numbers: Mapping[str, Any]) -> str:
