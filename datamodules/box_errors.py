@@ -43,7 +43,7 @@ def box_errors(
     same = labels[:, None] == true_labels
     plain = np.where(crowd, 0, iou)
     ours, others = np.where(same, plain, 0), np.where(same, 0, plain)
-    crowded: Array = (np.where(same & crowd, iou, 0) >= FOREGROUND).any(1)
+    crowded = np.where(same & crowd, iou, 0).max(1) >= FOREGROUND
     used = np.zeros(len(true_boxes), bool)
     order = np.argsort(-scores, kind="stable")
     for d in order:

@@ -1,4 +1,4 @@
-"""`python -m tasks.<task> analyse RUN.ckpt [options of validate]`: what a network gets wrong, as one HTML file.
+"""`python -m tasks.<task> analyse RUN.ckpt [--worst N] [options of validate]`: what a network gets wrong, as HTML.
 
 It validates as `validate` does, in one process, and writes `report.html` and `report.json` into the run's folder.
 """
@@ -23,7 +23,6 @@ from tasks.base import Task
 from tasks.callbacks import folder_of
 from tasks.findings import pick
 from tasks.resume import find_checkpoint, read_checkpoint, rows_of
-
 
 ONE = (
     "analyse looks at every sample in one process, and here are {}; leave --trainer.devices and --trainer.num_nodes "
@@ -57,7 +56,9 @@ def arguments(task: type[Task], args: list[str]) -> list[str]:
             named = len(with_default_data(name, ["validate", *rest])) == len(rest) + 1
             added += settings_of(path, not named)
         added += [f"--ckpt_path={path}"]
-    return ["validate", *added, *rest, "--trainer.callbacks+=tasks.analyse.Analysis"]
+    worst, rest = taken(rest, "--worst")
+    count = [] if worst is None else [f"--trainer.callbacks.worst={worst}"]  # of the callback named last
+    return ["validate", *added, *rest, "--trainer.callbacks+=tasks.analyse.Analysis", *count]
 
 
 def settings_of(checkpoint: Path, data: bool) -> list[str]:
@@ -239,7 +240,7 @@ def curves(rows: list[dict[str, str]]) -> str:
         for name, value in row.items():
             if name not in ("step", "epoch") and value not in ("", None) and row.get("step"):
                 found.setdefault(name, []).append((float(row["step"]), float(value)))
-    groups = {
+    groups: dict[str, list[str]] = {
         "Loss": [n for n in ("train/loss", "val/loss") if n in found],
         "Score": [n for n in ("val/score",) if n in found],
         "Learning rate": [n for n in found if n.startswith("lr-")],

@@ -110,8 +110,9 @@ def test_what_is_named_wins(runs, cli, short):
     assert run.model.flip_test
     config = folder / "other.yaml"
     config.write_text("data: {class_path: datamodules.rendered.Rendered, init_args: {seed: 0, size: [96, 64]}}")
-    run = cli(folder, "analyse", path, "-c", config, *short)
+    run = cli(folder, "analyse", path, "-c", config, *short, "--worst=2")
     assert run.trainer.datamodule.size == (96, 64)
+    assert (run.folder / "report.html").read_text().count("<img") == 2
 
 
 def test_a_checkpoint_alone_takes_the_embedded_data(runs, cli, short, tmp_path):
