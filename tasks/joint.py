@@ -260,7 +260,8 @@ class Joint(Task):
     def overlay(self, image: Array, items: list[dict[str, Any]]) -> Array:
         """`image` with what `collector` found in it, task by task; regions below boxes and poses."""
         for item in items:
-            for name in sorted(self.tasks, key=lambda name: "mask_file" not in str(item[name])):
+            found = [name for name in self.tasks if item[name]]
+            for name in sorted(found, key=lambda name: "mask_file" not in item[name][0]):
                 image = self.tasks[name].overlay(image, item[name])  # type: ignore[operator]
         return image
 

@@ -50,6 +50,11 @@ class Last(ModelCheckpoint):
         if threading.current_thread() is threading.main_thread():
             self.before = signal.signal(signal.SIGINT, lambda *_: self.interrupt(trainer))
 
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        # A schedule as long as the run asks for the loaders before the checkpoint is read; Lightning then forgets to
+        # tell them their place in the epoch.
+        trainer.fit_loop._load_combined_loader_states()
+
     def interrupt(self, trainer: L.Trainer) -> None:
         """Between two steps Lightning looks whether SIGTERM has come, in all processes at once."""
         rank_zero_info("\nCtrl-C: the run ends after this step; once more ends it at once")
