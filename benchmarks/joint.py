@@ -66,7 +66,7 @@ def measured(title: str, names: list[str], args: argparse.Namespace) -> dict[str
         if found["config"] == json.loads(json.dumps(config)):
             return found
     folder.mkdir(parents=True, exist_ok=True)
-    path.with_suffix(".yaml").write_text(yaml.safe_dump(config))
+    path.with_suffix(".yaml").write_text(yaml.safe_dump(config, sort_keys=False))
     still = ["--trainer.enable_progress_bar=false", "--trainer.enable_model_summary=false"]
     start = time.perf_counter()
     cli = run(Joint, ["fit", f"--config={path.with_suffix('.yaml')}", *still, "--trainer.num_sanity_val_steps=0"])

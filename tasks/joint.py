@@ -5,7 +5,7 @@ for each task.
 """
 
 import inspect
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
@@ -26,10 +26,9 @@ from tasks.base import Task, plain
 from tasks.cli import main
 from tasks.detection import Detection
 from tasks.joint_pictures import Everything, people
+from tasks.joint_settings import Weight, call_of, checked, facts_of, refuse, values
 from tasks.pose import Pose
 from tasks.resume import read_checkpoint
-
-Weight = float | dict[int, float]
 
 
 class Joint(Task):
@@ -250,12 +249,12 @@ class Joint(Task):
             task: Any = self.tasks[name]
             task.on_load_checkpoint({"hyper_parameters": part["hyper_parameters"], "state_dict": task.state_dict()})
 
-    def predict_step(self, batch: Any, index: int) -> list[dict[str, Any]]:
+    def predict_step(self, batch: Any, index: int) -> Any:
         return [self.infer(image.permute(1, 2, 0).cpu().numpy()) for image in batch["image"]]
 
     def collector(self, instances: Sequence[Any]) -> Everything:
         """What `predict` gathers its output in."""
-        return Everything(instances, self.tasks)
+        return Everything(instances, dict(self.tasks.items()))
 
     def overlay(self, image: Array, items: list[dict[str, Any]]) -> Array:
         """`image` with what `collector` found in it, task by task; regions below boxes and poses."""
@@ -274,7 +273,8 @@ class Joint(Task):
         """
         if isinstance(images, list | tuple):
             return [self.infer(image) for image in images]
-        image, found, boxes = rgb(images), {}, None
+        image, boxes = rgb(images), None
+        found: dict[str, Any] = {}
         for name, task in sorted(self.tasks.items(), key=lambda item: isinstance(item[1], Pose)):  # boxes first
             found[name] = task.infer([image], [boxes])[0] if isinstance(task, Pose) and boxes is not None else None
             found[name] = found[name] or task.infer(image)  # type: ignore[operator]
@@ -304,8 +304,8 @@ class Shared:
         places = [(module, name) for module in self.backbone.modules() for name in module._buffers]
         former = [module._buffers[name] for module, name in places]
         try:
-            for (module, name), buffer in zip(places, self.own.buffers(), strict=True):
-                module._buffers[name] = buffer
+            for (module, name), own in zip(places, self.own.buffers(), strict=True):
+                module._buffers[name] = own
             return self.backbone(image)[: self.maps]
         finally:
             for (module, name), buffer in zip(places, former, strict=True):
@@ -320,78 +320,6 @@ class View:
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.whole, name)
-
-
-def call_of(make: Callable[..., Task]) -> tuple[type[Task], dict[str, Any]]:
-    """Class and settings of a class, or of a partial call of one, such as the command line's parser makes."""
-    if isinstance(make, type):
-        return make, {}
-    assert isinstance(make, partial)
-    return next(x for x in (make.func, *make.args) if isinstance(x, type)), dict(make.keywords)
-
-
-def values(weight: Weight) -> list[float]:
-    """All that a weight can be from which it is drawn."""
-    return [*weight.values()] if isinstance(weight, dict) else [weight]
-
-
-def checked(tasks: Mapping[str, Any], parts: Any, weights: Mapping[str, Weight]) -> dict[str, Weight]:
-    """A weight for every task.
-
-    Raises:
-        SettingError: if there is nothing to learn, a weight is negative, or names differ.
-    """
-    named = ", ".join(tasks)
-    if odd := [name for name in tasks if not name.isidentifier()]:
-        raise SettingError(f"model.tasks: {odd[0]!r} is no name; letters, digits and _ make one")
-    if not tasks:
-        raise SettingError(
-            "model.tasks is empty: give a task's class and settings by a name, as configs/joint has them"
-        )
-    if parts is not None and tasks.keys() != parts.keys():
-        raise SettingError(f"model.tasks are {named or 'none'}, data.parts are {', '.join(parts)}: give both each name")
-    if alien := [name for name in weights if name not in tasks]:
-        raise SettingError(f"model.weights: there is no task {alien[0]!r} among {named}")
-    found: dict[str, Weight] = {name: weights.get(name, 1.0) for name in tasks}
-    if bad := [name for name, weight in found.items() if not values(weight) or not 0 <= min(values(weight)) < np.inf]:
-        raise SettingError(f"model.weights.{bad[0]}: {found[bad[0]]}; a weight is 0 or more, or {{epoch: weight, ...}}")
-    if not any(max(values(weight)) for weight in found.values()):
-        raise SettingError(f"model.weights: nothing is learned, for all weights are 0 ({named})")
-    starts = [weight[min(weight)] if isinstance(weight, dict) else weight for weight in found.values()]
-    if not any(starts):
-        raise SettingError(f"model.weights: all are 0 in epoch 0 ({named}); one has to be more")
-    return found
-
-
-def facts_of(name: str, kind: type[Task], part: Any) -> dict[str, Any]:
-    """What a task wants to know of its data, in plain values; `part` is a data module, or a mapping kept of one."""
-    if isinstance(part, Mapping):
-        return {fact: part[fact] for fact in kind.facts if fact in part}
-    if missing := [fact for fact in kind.facts if not hasattr(part, fact)]:
-        raise SettingError(
-            f"data.parts.{name}: {type(part).__name__} has no {', '.join(missing)}, so it is no data for "
-            f"{kind.__name__}, which model.tasks.{name} is"
-        )
-    return {fact: plain(getattr(part, fact)) for fact in kind.facts}
-
-
-def refuse(name: str, task: Task, config: HRNetConfig) -> None:
-    """A `SettingError` for what a task cannot have for itself."""
-    place = f"model.tasks.{name}"
-    if task.optimizer is not None or task.lr_scheduler is not None:
-        raise SettingError(f"{place}: optimizer and lr_scheduler are the whole run's; say model.optimizer and so on")
-    if task.init_from is not None and task.init_from.part != "head":
-        raise SettingError(f"{place}.init_from: is for the head alone (part: head); for the backbone model.init_from")
-    if getattr(task, "norm_eval", False):
-        raise SettingError(f"{place}.norm_eval: the backbone is not this task's; model.frozen keeps it as loaded")
-    if any(f.startswith("backbone") for f in getattr(task, "frozen", ())):
-        raise SettingError(f"{place}.freeze: the backbone is not this task's; model.frozen keeps it as loaded")
-    own = task.backbone.config
-    if config.upsample == "bilinear" and own.align_corners != config.align_corners:
-        raise SettingError(
-            f"{place} up-samples with align_corners {own.align_corners}, model.backbone with {config.align_corners}: "
-            f"set model.backbone.align_corners, or model.backbone.upsample nearest"
-        )
 
 
 def split(path: Path, folder: Path) -> None:

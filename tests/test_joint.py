@@ -386,7 +386,7 @@ def test_embedded_default(cli, cache, tmp_path):
     for part in content["data"]["init_args"]["parts"].values():
         part["init_args"] |= {"root": str(cache), "train": 12, "val": 6, "workers": 0, "batch_size": 2}
     path = tmp_path / "small.yaml"
-    path.write_text(yaml.safe_dump(content))
+    path.write_text(yaml.safe_dump(content, sort_keys=False))
     quick = ["max_steps=1", "limit_val_batches=1", "num_sanity_val_steps=0", "accelerator=cpu"]
     quick = [f"--trainer.{a}" for a in [*quick, "enable_progress_bar=false", "check_val_every_n_epoch=1"]]
     run = cli(tmp_path, "fit", f"--config={path}", *quick, task=Joint)
