@@ -17,9 +17,9 @@ from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 from timing import medians, report
 
-from datamodules.base import Instance
 from datamodules.box_ap import BoxAP, evaluate
 from datamodules.iou import MeanIoU
+from datamodules.keypoints import Instance
 from datamodules.metrics import KeypointAP
 
 SIGMAS = np.array([26, 25, 25, 35, 35, 79, 79, 72, 72, 62, 62, 107, 107, 87, 87, 89, 89]) / 1000

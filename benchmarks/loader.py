@@ -25,12 +25,13 @@ from torchvision import transforms
 import datamodules.decoded
 from datamodules import boxes
 from datamodules import masks as masks_
-from datamodules.base import DataModule, KeypointDataset
+from datamodules.base import DataModule
 from datamodules.cityscapes import Cityscapes
 from datamodules.coco_instances import CocoInstances
 from datamodules.coco_keypoints import CocoKeypoints
 from datamodules.decoded import Decoded
 from datamodules.image_folder import LabelAugmentation, LabelDataset, Labelled, centre
+from datamodules.keypoints import KeypointDataset
 from datamodules.transforms import PoseAugmentation, crop_of_box, read_upright
 
 SIZE, MAPS, SIGMA = (192, 256), (48, 64), 2

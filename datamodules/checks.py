@@ -10,8 +10,8 @@ from typing import Any, Literal
 import numpy as np
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 
-from datamodules.base import Keypoints
 from datamodules.fields import ANNOTATION, IMAGE, LIMIT, mistyped
+from datamodules.keypoints import Keypoints
 from datamodules.transforms import DataError, read_image
 
 

@@ -12,8 +12,8 @@ from typing import Any
 import numpy as np
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 
-from datamodules.base import Instance, Keypoints
 from datamodules.fields import ANNOTATION, mistyped, numbers, records
+from datamodules.keypoints import Instance, Keypoints
 from datamodules.transforms import DataError
 
 LISTS = ("images", "annotations", "categories")

@@ -11,11 +11,11 @@ import numpy as np
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from torchmetrics import Metric, MetricCollection
 
-from datamodules.base import Instance, KeypointData, KeypointDataset
 from datamodules.checks import check_keypoints
 from datamodules.coco_file import CocoFile, paths_of
 from datamodules.drawing import draw_keypoints, grid, write_image
 from datamodules.fields import numbers
+from datamodules.keypoints import Instance, KeypointData, KeypointDataset
 from datamodules.metrics import KeypointAP, KeypointError
 from datamodules.transforms import DataError
 

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import cv2
 import numpy as np
 
-from datamodules.base import Keypoints
+from datamodules.keypoints import Keypoints
 
 
 def draw_keypoints(

@@ -13,10 +13,10 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from numpy.typing import NDArray
 from PIL import ExifTags, Image
 
-from datamodules.base import Instance, KeypointData, KeypointDataset, Keypoints
 from datamodules.checks import Report
 from datamodules.coco_file import read_json
 from datamodules.fields import ANNOTATION, mistyped
+from datamodules.keypoints import Instance, KeypointData, KeypointDataset, Keypoints
 from datamodules.transforms import DataError, read_upright
 from datamodules.video import Video
 

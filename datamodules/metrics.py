@@ -26,7 +26,7 @@ from datamodules.coco_eval import AREAS, Found, mean_known, numbered, precision_
 from datamodules.similarity import keypoint_similarity, oks_nms, soft_oks_nms
 
 if TYPE_CHECKING:
-    from datamodules.base import Instance
+    from datamodules.keypoints import Instance
 
 PCKH_GROUPS = {
     "Head": (9, 9), "Shoulder": (12, 13), "Elbow": (11, 14), "Wrist": (10, 15),

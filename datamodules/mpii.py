@@ -14,10 +14,10 @@ import numpy as np
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torchmetrics import Metric
 
-from datamodules.base import Instance, KeypointData, Keypoints
 from datamodules.checks import Report
 from datamodules.coco_file import SIGMAS, pairs_of, read_json
 from datamodules.fields import LIMIT
+from datamodules.keypoints import Instance, KeypointData, Keypoints
 from datamodules.metrics import PCKh
 from datamodules.transforms import Array, DataError, PoseAugmentation
 

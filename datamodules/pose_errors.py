@@ -6,8 +6,8 @@ from typing import Any
 
 import numpy as np
 
-from datamodules.base import Instance, Keypoints
 from datamodules.calibration import Reliability
+from datamodules.keypoints import Instance, Keypoints
 from datamodules.transforms import Array
 
 KINDS = ("good", "jitter", "inversion", "swap", "miss")

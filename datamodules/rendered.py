@@ -18,12 +18,12 @@ from torchmetrics import Metric, MetricCollection
 from tqdm import tqdm
 
 from datamodules import scenes
-from datamodules.base import Instance, KeypointData, Keypoints
 from datamodules.box_data import BoxData
 from datamodules.boxes import Boxed
 from datamodules.coco_file import CocoFile, pairs_of, sigmas_of
 from datamodules.coco_instances import boxed, read_instances
 from datamodules.image_folder import ImageFolder
+from datamodules.keypoints import Instance, KeypointData, Keypoints
 from datamodules.mask_folder import MaskFolder
 from datamodules.metrics import KeypointAP, KeypointError
 from datamodules.transforms import DataError

@@ -14,8 +14,8 @@ from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor, nn
 
-from datamodules.base import Instance, KeypointDataset, Keypoints
 from datamodules.drawing import draw_keypoints, heatmap_overlay, write_text
+from datamodules.keypoints import Instance, KeypointDataset, Keypoints
 from datamodules.metrics import KeypointAP
 from datamodules.transforms import DataError, rgb
 from hrnet import PRESETS, HRNetConfig

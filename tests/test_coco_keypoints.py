@@ -866,7 +866,7 @@ class TestCommand:
         code, _ = check(own(), pictures, "--draw", tmp_path / "seen.png")
         assert code == 0
         data = CocoFile(own(), pictures)
-        from datamodules.base import KeypointDataset
+        from datamodules.keypoints import KeypointDataset
 
         sample = KeypointDataset(data.instances(), data.facts, (256, 192))[0]
         crop = draw_keypoints(

@@ -16,8 +16,8 @@ from PIL import Image
 from torch.utils.data import DataLoader
 
 from datamodules import decoded, rendered
-from datamodules.base import KeypointDataset
 from datamodules.decoded import Decoded
+from datamodules.keypoints import KeypointDataset
 from datamodules.mask_files import read_colours, read_numbers
 from datamodules.transforms import DataError, read_image, read_upright
 

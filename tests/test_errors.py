@@ -9,12 +9,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from datamodules import box_errors, pose_errors
-from datamodules.base import Instance
 from datamodules.box_ap import BoxAP
 from datamodules.box_data import coco_of
 from datamodules.boxes import Boxed
 from datamodules.calibration import Reliability
 from datamodules.iou import MeanIoU
+from datamodules.keypoints import Instance
 from datamodules.mask_errors import LabelErrors, MaskErrors, edge_distance, most_confused
 from datamodules.pose_errors import PoseErrors, keypoint_errors
 from datamodules.similarity import oks

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch.utils.data import default_collate
 
-from datamodules.base import KeypointDataset
+from datamodules.keypoints import KeypointDataset
 from datamodules.transforms import DataError
 from hrnet import PRESETS, HRNetConfig
 from hrnet.checkpoints import WeightsError

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 
 from datamodules import box_checks, checks
-from datamodules.base import Keypoints
 from datamodules.coco_instances import boxed, read_instances
+from datamodules.keypoints import Keypoints
 
 FACTS = Keypoints(["nose", "left_eye", "right_eye"])
 FAULTS = [

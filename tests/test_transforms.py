@@ -9,7 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from datamodules.base import Instance, KeypointDataset, Keypoints
+from datamodules.keypoints import Instance, KeypointDataset, Keypoints
 from datamodules.transforms import (
     DataError,
     PoseAugmentation,
