@@ -134,6 +134,9 @@ class Detection(Task):
             rate = rate_of(self.trainer) * 16 / images_a_step(self.trainer)
             rank_zero_info(f"in proportion {rate:g} for 16 images; officially 0.02 (R-CNNs) or 0.01 (FCOS)")
 
+    def on_train_start(self) -> None:
+        self.train()  # which Lightning leaves to the model
+
     def train(self, mode: bool = True) -> "Detection":
         super().train(mode)
         if self.norm_eval:

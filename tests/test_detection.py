@@ -247,6 +247,25 @@ def test_norm_eval():
     assert task.head.training
 
 
+def test_fit_keeps_batch_statistics_where_asked(masked, cli, options, tmp_path):
+    _, former = masked
+    path = former.folder / "checkpoints/last.ckpt"
+    given = [
+        *options,
+        *NETWORK,
+        "--trainer.max_epochs=1",
+        f"--model.init_from.path={path}",
+        "--model.init_from.part=backbone",
+    ]
+    run = cli(tmp_path, "fit", *given, "--model.norm_eval=true", task=Detection)
+    before, after = former.model.backbone.state_dict(), run.model.backbone.state_dict()
+    assert run.trainer.global_step > 1
+    kept = [torch.equal(after[k], before[k]) for k in after if "running" in k]
+    assert kept
+    assert all(kept)
+    assert not torch.equal(after["conv1.weight"], before["conv1.weight"])
+
+
 def test_norm_eval_wants_weights(cli, options, tmp_path, monkeypatch):
     monkeypatch.setenv("HRNET_TRACEBACK", "1")
     with pytest.raises(WeightsError, match="norm_eval"):
