@@ -65,6 +65,12 @@ class CLI(LightningCLI):
     rows: Any = None
     """Of its `metrics.csv`, when the checkpoint was written."""
 
+    @staticmethod
+    def subcommands() -> dict[str, set[str]]:
+        """The one that is called, or all if it is none of them: the parser of each takes its time to build."""
+        every = LightningCLI.subcommands()
+        return {name: skipped for name, skipped in every.items() if name in sys.argv[1:2]} or every
+
     def _prepare_subcommand_parser(self, klass: type, subcommand: str, **kwargs: Any) -> Any:
         self.preparing = subcommand  # the links depend on it
         return super()._prepare_subcommand_parser(klass, subcommand, **kwargs)
@@ -325,7 +331,7 @@ def main(task: type[Task], args: list[str] | None = None) -> CLI:
             seed_everything_default=0,
             save_config_callback=SaveConfig,
             save_config_kwargs={"overwrite": True},
-            parser_kwargs={sub: {"default_config_files": layers} for sub in ("fit", "validate", "test", "predict")},
+            parser_kwargs={name: {"default_config_files": layers} for name in CLI.subcommands()},
         )
     except SIGTERMException:
         raise SystemExit(128 + Last.sign) from None  # what started the run should not take it for finished
