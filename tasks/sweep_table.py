@@ -75,16 +75,15 @@ def shortened(value: Any) -> str:
 def write_plot(rows: Sequence[Row], sweep: Sweep, path: Path) -> None:
     """The metric over every parameter that was varied, a panel each: a dot a trial, and the mean of each value."""
     try:
-        import matplotlib
+        from matplotlib.figure import Figure  # not pyplot, whose backend is a notebook's own
     except ImportError:
         print(f"no {path.name}: matplotlib is not installed (pip install -e '.[bench]')", flush=True)
         return
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
 
     ended = [row for row in rows if row["status"] == "ended"]
     names = [n for n in sweep.swept if n != SEED] or [SEED]
-    figure, axes = plt.subplots(1, len(names), figsize=(4 * len(names), 3.2), squeeze=False, sharey=True)
+    figure = Figure(figsize=(4 * len(names), 3.2))
+    axes = figure.subplots(1, len(names), squeeze=False, sharey=True)
     for axis, name in zip(axes.flat, names, strict=True):
         values = [row["values"].get(name) for row in ended]
         spec = sweep.parameters.get(name, {})
@@ -108,5 +107,4 @@ def write_plot(rows: Sequence[Row], sweep: Sweep, path: Path) -> None:
     figure.suptitle(sweep.path.stem, fontsize=10)
     figure.tight_layout()
     figure.savefig(path, dpi=90)
-    plt.close(figure)
     print(path, flush=True)
