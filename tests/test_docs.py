@@ -1,6 +1,7 @@
 """The pages say what is so: commands parse, links lead somewhere, examples run, networks are drawn as they are."""
 
 import argparse
+import itertools
 import re
 import runpy
 import shlex
@@ -22,6 +23,7 @@ from hrnet.drawing import drawing
 from hrnet.drawing import main as draw
 from hrnet.heads import Classification, HRNetV1
 from hrnet.table import Network
+from tasks.arguments import taken
 from tasks.pose import Pose
 
 ROOT = Path(__file__).parent.parent
@@ -51,7 +53,7 @@ def commands(page):
     text = "\n".join(blocks(page, "sh")).replace("\\\n", " ")
     lines = text.splitlines() + re.findall(r"`(python -m [^`<]+)`", page.read_text())
     for line in lines:
-        words = shlex.split(line, comments=True)
+        words = shlex.split(re.sub(r"(^|\s)#.*", "", line))  # file.ckpt#pose has no comment
         for flag, name in zip(words, words[1:], strict=False):
             if flag == "-m" and name.split(".")[0] in ("tasks", "hrnet", "datamodules"):
                 yield words[words.index(name) :]
@@ -82,7 +84,7 @@ def parse(monkeypatch, tmp_path):
     (tmp_path / "configs").symlink_to(ROOT / "configs")
 
     def run(command, page=None):
-        for name, content in files(page) if page else ():
+        for name, content in itertools.chain(*map(files, PAGES), files(page) if page else ()):
             (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
             (tmp_path / name).write_text(content)
         monkeypatch.syspath_prepend(tmp_path)
@@ -103,6 +105,11 @@ def test_commands_are_understood(line, parse):
     page, command = COMMANDS[line]
     if command[0] in BARE:
         assert len(command) == 1
+    elif command[1:2] == ["split"]:
+        assert len(command) == 4
+    elif command[1:2] == ["analyse"]:
+        _, rest = taken(command[2:], "--worst")
+        parse([command[0], "validate", *([] if rest[0].startswith("-") else ["--ckpt_path"]), *rest], page)
     else:
         parse(command, page)
 

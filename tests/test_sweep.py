@@ -256,7 +256,9 @@ def test_devices_are_those_that_may_be_seen(monkeypatch):
 
 
 @pytest.mark.parametrize("sign", [signal.SIGINT, signal.SIGTERM])
-def test_a_sweep_that_is_stopped_stops_its_trials_and_goes_on(sign, toy, tmp_path):
+def test_a_sweep_that_is_stopped_stops_its_trials_and_goes_on(sign, toy, tmp_path, request):
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # which shells leave out of background jobs
+    request.addfinalizer(lambda: signal.signal(signal.SIGINT, before))
     path = write(tmp_path, parameters=parameters("a", "slow", "b", seeds=[0]))
 
     def interrupt():
