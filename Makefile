@@ -2,13 +2,16 @@
 PYTHON ?= python3
 PY := .venv/bin/python
 
-.PHONY: demo test coverage lint docs smoke-configs camvid bccd pennfudan sweep pretraining ablations overfit bench bench-gpu clean
+.PHONY: demo test notebooks coverage lint docs smoke-configs camvid bccd pennfudan sweep pretraining ablations overfit bench bench-gpu clean
 
 demo: .venv/done  ## learn human pose from drawn scenes: a few minutes on a laptop's CPU
 	$(PY) -m tasks.pose fit
 
 test: .venv/done  ## the whole suite
 	$(PY) -m pytest -n 2
+
+notebooks: .venv/done  ## runs every notebook, small
+	$(PY) -m pytest -m notebooks tests/test_notebooks.py
 
 test-distributed: .venv/done  ## two and three processes: every task, uneven data, a process that dies
 	$(PY) -m pytest -m distributed tests/test_distributed.py
