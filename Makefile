@@ -55,7 +55,7 @@ sweep: .venv/bench  ## a sweep of configs/sweeps without an account: make sweep 
 pretraining: .venv/done  ## what configs/sweeps/pretraining.yaml starts from: the embedded scenes, classified
 	$(PY) -m tasks.classification fit --trainer.default_root_dir runs/pretraining --ckpt_path auto
 
-ablations: .venv/bench  ## the paper's ablations on the embedded data, beside its numbers: less than an hour on two cores
+ablations: .venv/bench  ## the paper's ablations on the embedded data, beside its numbers
 	$(PY) benchmarks/ablations.py $(ARGS)
 
 overfit: .venv/done  ## every detector learns eight pictures of DATA/coco-sample by heart
@@ -77,8 +77,8 @@ bench-gpu: .venv/done  ## forward passes and training steps on a GPU, with the s
 clean:  ## removes what the targets above made, but no runs: those are yours
 	rm -rf .venv .pytest_cache .ruff_cache .mypy_cache .hypothesis .coverage *.egg-info build site
 
-# uv installs in seconds what takes pip minutes; it is itself only a wheel. Compiled at once, the packages load in a third of the
-# time, also where Python may not write bytecode (PYTHONDONTWRITEBYTECODE, read-only folders).
+# uv installs in seconds what takes pip minutes; it is itself only a wheel. Compiled at once, the packages load in less than
+# half the time, also where Python may not write bytecode (PYTHONDONTWRITEBYTECODE, read-only folders).
 .venv/done: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
 	.venv/bin/pip install --quiet --disable-pip-version-check uv
