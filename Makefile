@@ -2,7 +2,7 @@
 PYTHON ?= python3
 PY := .venv/bin/python
 
-.PHONY: demo test notebooks coverage lint docs smoke-configs camvid bccd pennfudan sweep pretraining ablations overfit bench bench-gpu clean
+.PHONY: demo test test-slow test-distributed notebooks chaos doctor coverage lint docs smoke-configs camvid bccd pennfudan sweep pretraining ablations overfit bench bench-gpu clean
 
 demo: .venv/done  ## learn human pose from drawn scenes: a few minutes on a laptop's CPU
 	$(PY) -m tasks.pose fit
@@ -12,6 +12,9 @@ test: .venv/done  ## the whole suite
 
 notebooks: .venv/done  ## runs every notebook, small
 	$(PY) -m pytest -m notebooks tests/test_notebooks.py
+
+test-slow: .venv/done  ## what the suite leaves out of its ten minutes: every width beside timm, a real compiler, Ctrl-C
+	$(PY) -m pytest -n 2 -m slow
 
 test-distributed: .venv/done  ## two and three processes: every task, uneven data, a process that dies
 	$(PY) -m pytest -m distributed tests/test_distributed.py

@@ -6,6 +6,7 @@ import multiprocessing
 import os
 import shutil
 import sys
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -271,8 +272,8 @@ def _write_files(root: Path, split: str, count: int, seed: int, size: tuple[int,
     if workers:
         # fork, where there is one: spawned processes would import the caller's whole program (torch: 10 s each) first.
         context = multiprocessing.get_context("fork" if sys.platform == "linux" else "spawn")
-        with context.Pool(min(workers, count), cv2.setNumThreads, (1,)) as pool:
-            records = list(progress(pool.imap(store, range(count), chunksize=8)))
+        with ProcessPoolExecutor(min(workers, count), context, cv2.setNumThreads, (1,)) as pool:
+            records = list(progress(pool.map(store, range(count), chunksize=8)))
     else:
         records = list(progress(map(store, range(count))))
     names = [f"{index:06d}.jpg" for index in range(count)]

@@ -191,7 +191,7 @@ def test_a_sweep(path, cli, short, place, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr("tasks.cli.CLI._run_subcommand", lambda *_: None)
         patch.setattr("conftest.Run", lambda made, printed: made)
-        for name in sweep.swept:
+        for name in sweep.swept if path.stem == "fusion" else set(sweep.swept) - {SEED}:  # a seed is a seed
             values = [trial for (of, _), trial in changed.items() if of == name][: 2 if name == SEED else None]
             assert len(values) > 1
             found = [built(cli(place, *args_of(trial), *short, task=task)) for trial in values]

@@ -198,6 +198,7 @@ def goes_on_from(folder, cli, small):
     assert run.trainer.global_step == step + 2
 
 
+@pytest.mark.slow
 def test_interrupted_run_goes_on(cli, small, tmp_path):
     """Ctrl-C, as a shell sends it."""
     command = [sys.executable, "-m", "tasks.pose", "fit", *small, *WIDE, "--trainer.max_epochs=50"]

@@ -178,7 +178,10 @@ def test_recipe(path, rendered, tmp_path, monkeypatch):
     if isinstance(backbone, dict):  # as wide as it says but not as deep, which takes seconds; below, sizes are compared
         small += ["--model.backbone.modules=[1,1,1]", "--model.backbone.blocks=1"]
     if "RCNN" in str(config["model"].get("detector")):
-        small += [f"--model.detector.{k}={v}" for k, v in {"width": 64, "proposals": 200, "sampled": 64}.items()]
+        small += [
+            f"--model.detector.{k}={v}"
+            for k, v in {"pyramid": 64, "width": 64, "proposals": 200, "sampled": 64}.items()
+        ]
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("sys.argv", ["test"])
     monkeypatch.setattr(

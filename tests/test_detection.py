@@ -297,7 +297,7 @@ def test_other_classes_are_refused(masked, cli, options, monkeypatch):
 def test_learning_a_picture_by_heart(cache):
     """Boxes, classes and their places are right end to end: otherwise AP could not become high."""
     torch.manual_seed(0)
-    data = RenderedBoxes(str(cache), 12, 6, shorter=120, longer=160, workers=0, batch_size=2)
+    data = RenderedBoxes(str(cache), 12, 6, shorter=96, longer=128, workers=0, batch_size=2)
     data.setup("fit")
     source = data.datasets["train"]
     source.augmentation = None
@@ -305,7 +305,7 @@ def test_learning_a_picture_by_heart(cache):
     task = Detection(TINY, detector=lambda c, n: CenterNet(c, n, pyramid=32), num_classes=6)
     task.train()
     optimizer = torch.optim.AdamW(task.parameters(), 3e-3)
-    for _ in range(150):
+    for _ in range(120):
         losses = task.loss(task(batch["image"]), batch)
         optimizer.zero_grad()
         torch.stack(list(losses.values())).sum().backward()

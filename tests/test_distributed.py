@@ -57,6 +57,7 @@ def test_two_processes_fit_and_count_every_picture_once(options, cli, tmp_path):
     assert {k: both[k] for k in judged} == {k: one[k] for k in judged}
 
 
+@pytest.mark.distributed
 def test_two_processes_detect_in_equal_batches(short, cli, tmp_path):
     """Upright and lying pictures go apart; still no process has a batch more than the other, or it would wait."""
     batches = ["--data.batch_size=2", "--data.eval_batch_size=4"]

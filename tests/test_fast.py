@@ -122,7 +122,13 @@ def test_no_batch_norm_is_left_in_the_backbone():
     assert kinds.count(nn.Conv2d) == sum(isinstance(m, nn.Conv2d) for m in network().modules())
 
 
-def test_compiled_is_the_same_function_for_so_many_sizes():
+@pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
+def test_compiled_is_the_same_function_for_so_many_sizes(backend, monkeypatch):
+    compiled = torch.compile
+    if backend != "inductor":  # traced, without a minute of C++
+        monkeypatch.setattr(
+            torch, "compile", lambda net, dynamic, options: compiled(net, dynamic=dynamic, backend=backend)
+        )
     net = network(config=HRNetConfig(4, modules=(1, 1, 1), blocks=1, stem=(1, 4)))
     fast = Fast(net, compiled=True, sizes=1)
     with torch.inference_mode():

@@ -26,13 +26,14 @@ from tasks.resume import rows_of
 from tasks.segmentation import Segmentation
 
 BACKBONE = {"width": 4, "modules": [1, 1, 1], "blocks": 1, "stem": [1, 8]}
+OCR = {"class_path": "hrnet.heads.OCR", "init_args": {"width": 32, "key": 16}}
 RCNN = {"anchors": 16, "pyramid": 8, "width": 16, "proposals": 30, "sampled": 8}
 DETECTOR = {"class_path": "hrnet.detectors.rcnn.RCNN", "init_args": RCNN}
 KINDS = {"pose": Pose, "detection": Detection, "segmentation": Segmentation, "classification": Classification}
 MODEL = {
     "pose": {"codec": {"encoding": "udp"}},
     "detection": {"detector": DETECTOR},
-    "segmentation": {"head": "hrnet.heads.OCR", "upsample": "nearest", "init": "kaiming", "head_lr": 3.0},
+    "segmentation": {"head": OCR, "upsample": "nearest", "init": "kaiming", "head_lr": 3.0},
     "classification": {"mixup": 0.2, "cutmix": 1.0},
 }
 DATA = {
@@ -103,10 +104,10 @@ def test_equals_the_single_task_bit_for_bit(name, cli, config, parts, tmp_path):
     """Weights, the optimiser's memory, losses and numbers; with weight decay, clipping, a head's own learning rate, and
     what is random in a step."""
     weights = {"weights": only(name), "statistics": "own" if name == "pose" else "shared"}
-    together = cli(tmp_path, "fit", config(model=weights), task=Joint)
+    together = cli(tmp_path, "fit", config(model=weights, trainer={"max_epochs": 1}), task=Joint)
     own = {"model": {"backbone": BACKBONE} | LEARN | MODEL[name]}
     path = tmp_path / "alone.yaml"
-    path.write_text(yaml.safe_dump(own | {"data": parts[name], "trainer": TRAINER}))
+    path.write_text(yaml.safe_dump(own | {"data": parts[name], "trainer": TRAINER | {"max_epochs": 1}}))
     alone = cli(tmp_path, "fit", f"--config={path}", task=KINDS[name])
     a, b = alone.model.state_dict(), together.model.state_dict()
     renamed = {k: k if k.startswith("backbone.") else f"tasks.{name}.{k}" for k in a}
@@ -249,9 +250,9 @@ def test_backbone_and_head_start_from_other_runs_and_frozen_stays(joint, cli, co
 def test_goes_on_bit_by_bit(cli, config, tmp_path, monkeypatch):
     """Amid an epoch whose tasks are amid other passes over their data."""
     path = tmp_path / "often.yaml"
-    path.write_text(CALLBACKS.replace("max_epochs: 3", "max_epochs: 2"))
+    path.write_text(CALLBACKS)
     model = {"statistics": "own", "weighting": "uncertainty"}
-    given = [config(("pose", "classification"), model, {"steps": 3}), f"-c={path}", "--ckpt_path=auto"]
+    given = [config(("pose", "segmentation"), model, {"steps": 3}), f"-c={path}", "--ckpt_path=auto"]
     folders = [tmp_path / "whole", tmp_path / "stopped"]
     for folder in folders:
         folder.mkdir()
