@@ -272,7 +272,7 @@ def _write_files(root: Path, split: str, count: int, seed: int, size: tuple[int,
     if workers:
         # fork, where there is one: spawned processes would import the caller's whole program (torch: 10 s each) first.
         context = multiprocessing.get_context("fork" if sys.platform == "linux" else "spawn")
-        with ProcessPoolExecutor(min(workers, count), context, cv2.setNumThreads, (1,)) as pool:
+        with ProcessPoolExecutor(min(workers, count), context) as pool:
             records = list(progress(pool.map(store, range(count), chunksize=8)))
     else:
         records = list(progress(map(store, range(count))))

@@ -2,6 +2,9 @@
 
 import csv
 import json
+import multiprocessing
+import os
+import signal
 import threading
 
 import cv2
@@ -194,6 +197,24 @@ def test_statistics(drawn):
     assert {scene.label for scene in drawn} == set(range(len(scenes.SCENE_CLASSES)))
     light = [scene.image.mean() for scene in drawn]
     assert np.std(light) > 10
+
+
+def test_processes_draw_although_opencv_had_threads(tmp_path):
+    """Which no forked process has: one that tries to end them waits for ever."""
+
+    def draw():
+        os.setsid()
+        cv2.setNumThreads(2)
+        cv2.GaussianBlur(np.zeros((1000, 1000, 3), np.uint8), (31, 31), 5)
+        cv2.setNumThreads(0)
+        rendered.write(tmp_path, "val", 4, seed=0, workers=2)
+
+    process = multiprocessing.get_context("fork").Process(target=draw)
+    process.start()
+    process.join(60)
+    if process.is_alive():
+        os.killpg(process.pid, signal.SIGKILL)
+    assert process.exitcode == 0
 
 
 @pytest.mark.parametrize("workers", [0, 2])
