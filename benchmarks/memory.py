@@ -6,9 +6,6 @@ Two persistent workers to train and two to validate; a validation, a checkpoint 
 Of each process what it has allocated (anonymous pages, in memory or swapped; also those that forked processes share, so
 that it does not change when one of them writes to its copy): the least seen within every 100 steps; the first 200 are
 warm-up. Exits with 1 if that of a process grows by more than BOUND.
-
-The C library keeps a part of what is freed. With MALLOC_MMAP_THRESHOLD_=65536 in the environment it gives back all
-larger pieces at once: what still grows then is held by somebody.
 """
 
 import argparse
