@@ -6,6 +6,7 @@ import multiprocessing
 import os
 import shutil
 import sys
+import threading
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from functools import partial
@@ -272,7 +273,7 @@ def _write_files(root: Path, split: str, count: int, seed: int, size: tuple[int,
     if workers:
         # fork, where there is one: spawned processes would import the caller's whole program (torch: 10 s each) first.
         context = multiprocessing.get_context("fork" if sys.platform == "linux" else "spawn")
-        with ProcessPoolExecutor(min(workers, count), context) as pool:
+        with ProcessPoolExecutor(min(workers, count), context, _end_with_parent) as pool:
             records = list(progress(pool.map(store, range(count), chunksize=8)))
     else:
         records = list(progress(map(store, range(count))))
@@ -297,6 +298,18 @@ def _write_files(root: Path, split: str, count: int, seed: int, size: tuple[int,
         writer = csv.writer(file)
         writer.writerow(["file_name", "label"])
         writer.writerows(zip(names, (scenes.SCENE_CLASSES[label] for label, _ in records), strict=True))
+
+
+def _end_with_parent() -> None:
+    """Otherwise a drawing process whose parent was killed would wait for it for ever, and hold its lock."""
+
+    def wait() -> None:
+        parent = multiprocessing.parent_process()
+        assert parent is not None
+        parent.join()
+        os._exit(1)
+
+    threading.Thread(target=wait, daemon=True).start()
 
 
 def _store(

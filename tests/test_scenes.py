@@ -1,11 +1,13 @@
 """Drawn scenes: repeatable, rightly labelled to a fraction of a pixel, stored as COCO does."""
 
 import csv
+import fcntl
 import json
 import multiprocessing
 import os
 import signal
 import threading
+import time
 
 import cv2
 import numpy as np
@@ -215,6 +217,27 @@ def test_processes_draw_although_opencv_had_threads(tmp_path):
     if process.is_alive():
         os.killpg(process.pid, signal.SIGKILL)
     assert process.exitcode == 0
+
+
+def test_killed_while_drawing_leaves_nobody_waiting(tmp_path):
+    process = multiprocessing.get_context("fork").Process(
+        target=rendered.write, args=(tmp_path, "val", 5000), kwargs={"seed": 0, "workers": 2}
+    )
+    process.start()
+    images, end = tmp_path / ".val.part/val", time.monotonic() + 60
+    while not (images.is_dir() and any(images.iterdir())) and time.monotonic() < end:
+        time.sleep(0.05)
+    process.kill()
+    process.join()
+    lock = (tmp_path / ".val.lock").open()
+    while time.monotonic() < end:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            break
+        except BlockingIOError:
+            time.sleep(0.05)
+    else:
+        pytest.fail("somebody holds the lock")
 
 
 @pytest.mark.parametrize("workers", [0, 2])
