@@ -11,7 +11,7 @@ test: .venv/done  ## the whole suite
 	$(PY) -m pytest -n 2
 
 notebooks: .venv/done  ## runs every notebook, small
-	$(PY) -m pytest tests/test_notebooks.py
+	$(PY) -m pytest -n 2 -m notebooks
 
 test-slow: .venv/done  ## what the suite leaves out of its ten minutes: every width beside timm, a real compiler, Ctrl-C
 	$(PY) -m pytest -n 2 -m slow

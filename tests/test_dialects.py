@@ -81,7 +81,14 @@ def close(a, b):
 @torch.no_grad()
 @pytest.mark.parametrize(
     ("dialect", "head", "suffix"),
-    [(d, h, ".pth") for d, h in CASES] + [(d, h, ".safetensors") for d, h in CASES if h != "classification"],
+    [(d, h, s) for s in (".pth", ".safetensors") for d, h in CASES if h != "classification"]
+    # whose heads are large
+    + [(d, h, ".pth") for d, h in CASES if h == "classification" and d in ("timm", "official")]
+    + [
+        pytest.param(d, h, ".pth", marks=pytest.mark.slow)
+        for d, h in CASES
+        if h == "classification" and d not in ("timm", "official")
+    ],
 )
 def test_there_and_back(dialect, head, suffix, image, tmp_path):
     source, target = Net(head, seed=1), Net(head, seed=2)

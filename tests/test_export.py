@@ -49,7 +49,9 @@ def exported(tmp_path_factory):
 
 
 @torch.no_grad()
-@pytest.mark.parametrize(("kind", "suffix"), [*((k, ".pt") for k in KINDS), ("class", ".onnx")])
+@pytest.mark.parametrize(
+    ("kind", "suffix"), [*((k, ".pt") for k in KINDS), pytest.param("class", ".onnx", marks=pytest.mark.slow)]
+)
 def test_file_gives_the_same_at_any_size(kind, suffix, exported):
     task, path = exported(kind, suffix)
     if suffix == ".onnx":

@@ -99,7 +99,10 @@ def only(name):
     return {n: float(n == name) for n in MODEL}
 
 
-@pytest.mark.parametrize("name", MODEL)
+@pytest.mark.parametrize(
+    "name",
+    ["pose", "segmentation", *(pytest.param(n, marks=pytest.mark.slow) for n in ("detection", "classification"))],
+)
 def test_equals_the_single_task_bit_for_bit(name, cli, config, parts, tmp_path):
     """Weights, the optimiser's memory, losses and numbers; with weight decay, clipping, a head's own learning rate, and
     what is random in a step."""

@@ -1,4 +1,4 @@
-"""The notebooks run, in small: from the first cell to the last, in a real kernel."""
+"""The notebooks run, in small: from the first cell to the last, in a real kernel (`make notebooks`)."""
 
 import re
 from pathlib import Path
@@ -38,6 +38,7 @@ def kernel(tmp_path_factory):
             yield client
 
 
+@pytest.mark.notebooks
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=NAMES)
 def test_it_runs(path, kernel):
     where = ROOT if NOTEBOOKS.index(path) % 2 else path.parent  # it should not matter

@@ -96,8 +96,10 @@ def stop_at(monkeypatch, task, method, count):
 @pytest.mark.parametrize(
     ("method", "count"),
     [
-        *[("training_step", count) for count in (1, 2, 4, 7, 8, 11)],
-        *[("validation_step", count) for count in (2, 3)],  # after the one of the sanity check
+        *[("training_step", count) for count in (2, 7, 8)],
+        ("validation_step", 2),  # after the one of the sanity check
+        *[pytest.param("training_step", count, marks=pytest.mark.slow) for count in (1, 4, 11)],
+        pytest.param("validation_step", 3, marks=pytest.mark.slow),
     ],
 )
 def test_goes_on_bit_by_bit(method, count, whole, cli, options, tmp_path, monkeypatch):
@@ -113,6 +115,7 @@ def test_goes_on_bit_by_bit(method, count, whole, cli, options, tmp_path, monkey
     assert rows_of(run.folder) == rows_of(whole.folder)
 
 
+@pytest.mark.slow
 def test_goes_on_again_and_again(whole, cli, options, tmp_path, monkeypatch):
     for count in (3, 2, 1, 3, 4):
         with monkeypatch.context() as stopped:
@@ -125,7 +128,7 @@ def test_goes_on_again_and_again(whole, cli, options, tmp_path, monkeypatch):
     assert len(list(run.folder.parent.iterdir())) <= 2
 
 
-@pytest.mark.parametrize("task", [Segmentation, Detection, Classification])
+@pytest.mark.parametrize("task", [Segmentation, Detection, pytest.param(Classification, marks=pytest.mark.slow)])
 def test_what_is_random_in_a_step_is_drawn_again(task, cli, options, tmp_path, monkeypatch):
     """Dropout, sampled boxes, mixed images."""
     where = [tmp_path / "whole", tmp_path / "stopped"]
