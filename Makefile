@@ -8,7 +8,7 @@ demo: .venv/done  ## learn human pose from drawn scenes: a few minutes on a lapt
 	$(PY) -m tasks.pose fit
 
 test: .venv/done  ## the whole suite
-	$(PY) -m pytest -n 2
+	$(PY) -m pytest -n 2 --dist worksteal
 
 notebooks: .venv/done  ## runs every notebook, small
 	$(PY) -m pytest -n 2 -m notebooks

@@ -255,8 +255,9 @@ def look_at(data: ImageFolder, splits: Sequence[str]) -> None:
     Raises:
         DataError: naming what cannot be read.
     """
+    broken = []
     for split in splits:
-        instances, broken = data.instances(split), []
+        instances = data.instances(split)
         for instance in instances:
             try:
                 data.read(instance.path)
@@ -265,8 +266,8 @@ def look_at(data: ImageFolder, splits: Sequence[str]) -> None:
         counts = Counter(data.class_names[i.label] for i in instances)
         (least, low), (most, high) = counts.most_common()[-1], counts.most_common(1)[0]
         print(f"{split}: {len(instances)} pictures, {len(counts)} classes of {low} ({least}) to {high} ({most})")
-        if broken:
-            raise DataError(f"{len(broken)} broken pictures:\n  " + "\n  ".join(broken[:20]))
+    if broken:
+        raise DataError(f"{len(broken)} broken pictures:\n  " + "\n  ".join(broken[:20]))
 
 
 def main() -> None:

@@ -10,12 +10,16 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch.utils.data import DataLoader
+from torch.utils.data._utils import signal_handling
 
 from datamodules.order import Order
 from datamodules.transforms import DataError
 
 SHARED = Path("/dev/shm")
+KILLED = "DataLoader worker"
+"""In PyTorch's message about a worker that was killed, which comes wherever the process is at that moment."""
 
 
 class Loader(DataLoader):
@@ -41,31 +45,52 @@ class Loader(DataLoader):
                 self.ask_workers()
                 raise DataError(
                     f"no batch within {self.timeout:.0f} seconds (data.timeout): a loader worker hangs, or the disk it "
-                    f"reads from; above is what the workers were at"
+                    f"reads from; what the workers were at is above, if they could still say it"
                 ) from None
-            if "DataLoader worker" in text:
-                left = shutil.disk_usage(SHARED).free / 2**30 if SHARED.is_dir() else float("nan")
-                raise DataError(
-                    f"{text.splitlines()[0]}: most often memory is short. Take fewer data.workers or a smaller batch; "
-                    f"in Docker, give it more shared memory (--shm-size 8g; {SHARED} has {left:.1f} GiB left)"
-                ) from None
+            if KILLED in text:
+                raise killed(error) from None
             raise
 
     def ask_workers(self) -> None:
-        for worker in getattr(self._iterator, "_workers", []):
+        """Where they are; then to end, or one that hangs would be waited for."""
+        workers = getattr(self._iterator, "_workers", [])
+        for worker in workers:
             if worker.is_alive() and hasattr(signal, "SIGUSR2"):
                 os.kill(worker.pid, signal.SIGUSR2)
                 time.sleep(0.3)  # one after another, or they write into each other's lines
+        signal_handling._remove_worker_pids(id(self._iterator))  # whose death would be an error of its own
+        for worker in workers:
+            worker.kill()
 
     def state_dict(self) -> dict[str, int]:
         if not isinstance(self.sampler, Order):
             return {}
-        return {"seed": self.sampler.seed, "epoch": self.sampler.epoch, "batches": self.done}
+        order = self.sampler
+        images = order.batch_size * order.num_replicas
+        return {"seed": order.seed, "epoch": order.epoch, "batches": self.done, "of": len(self), "images": images}
 
     def load_state_dict(self, state: dict[str, int]) -> None:
         order = self.sampler
         if state and isinstance(order, Order):
+            before, now = state.get("images"), order.batch_size * order.num_replicas
+            if before not in (None, now):
+                text = f"batches of {now} images (of all processes) where the checkpoint's run had {before}"
+                if state["batches"] < state["of"]:
+                    raise DataError(
+                        f"{text}, amid an epoch: its place in the data is not known. Go on as before (data.batch_size, "
+                        f"the number of processes), or begin from its weights (--model.init_from)"
+                    )
+                rank_zero_warn(f"goes on with {text}")
             order.seed, order.begun = state["seed"], (state["epoch"], state["batches"])
+
+
+def killed(error: RuntimeError) -> DataError:
+    """What PyTorch's message about a worker that was killed most often means."""
+    left = shutil.disk_usage(SHARED).free / 2**30 if SHARED.is_dir() else float("nan")
+    return DataError(
+        f"{str(error).splitlines()[0]}: most often memory is short. Take fewer data.workers or a smaller batch; "
+        f"in Docker, give it more shared memory (--shm-size 8g; {SHARED} has {left:.1f} GiB left)"
+    )
 
 
 def begin_worker(number: int) -> None:

@@ -7,12 +7,14 @@ import time
 from http.client import HTTPException
 from pathlib import Path
 from urllib.error import HTTPError
-from urllib.parse import urldefrag
+from urllib.parse import parse_qsl, urldefrag, urlsplit
 from urllib.request import Request, urlopen
 
 import torch
 from tqdm import tqdm
 
+SECRET = re.compile(r"(?i)(sig|signature|token|secret|password|passwd|credential|auth|authorization|key|key[-_]?id)$")
+"""Names of a URL's parameters that nobody else should read, such as X-Amz-Signature."""
 TRIES = 3
 TIMEOUT = 30.0
 """Seconds without a byte after which a connection counts as lost."""
@@ -34,6 +36,12 @@ def fetched(url: str) -> Path:
     plain, fragment = urldefrag(url)
     if not plain.startswith(("http://", "https://")):
         raise DownloadError(f"{url}: only http and https are fetched; give a file's path for others")
+    split = urlsplit(plain)
+    if "@" in split.netloc or any(SECRET.search(name) for name, _ in parse_qsl(split.query, keep_blank_values=True)):
+        raise DownloadError(
+            f"{split.scheme}://{split.netloc.rpartition('@')[2]}{split.path}: the URL holds a password or a signature, "
+            f"which configurations and checkpoints would keep; download the file and give its path"
+        )
     # Every model of a hub is called model.safetensors: the whole URL tells them apart.
     name = f"{hashlib.sha256(plain.encode()).hexdigest()[:8]}-{plain.split('?')[0].rsplit('/', 1)[-1]}"
     path = Path(torch.hub.get_dir()) / "checkpoints" / name

@@ -25,6 +25,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 
 import datamodules
 from datamodules.base import DataModule
+from datamodules.loader import KILLED, killed
 from datamodules.transforms import DataError
 from hrnet import HRNetConfig
 from hrnet.backbone import resolve
@@ -38,7 +39,17 @@ from tasks.callbacks import Faster, FasterTraining
 from tasks.export import main as export
 from tasks.export import run_by, settings
 from tasks.guards import Finite, NotFinite
-from tasks.resume import ROWS, Last, WholeCheckpoints, find_checkpoint, read_checkpoint, take_up
+from tasks.resume import (
+    COMMAND,
+    ROWS,
+    Last,
+    WholeCheckpoints,
+    find_checkpoint,
+    find_runs,
+    read_checkpoint,
+    same_run,
+    take_up,
+)
 
 REFUSALS = (DataError, WeightsError, SettingError, NotFinite, OSError)
 """What ends a run with one message instead of a traceback."""
@@ -48,6 +59,8 @@ class SaveConfig(SaveConfigCallback):
     """Beside `config.yaml` in the run's folder, the whole configuration goes to every logger that keeps any."""
 
     def save_config(self, trainer: Any, pl_module: Any, stage: str) -> None:
+        if stage == "fit" and not trainer.fast_dev_run:
+            (Path(trainer.log_dir) / COMMAND).write_text(same_run(sys.argv[1:]))
         config = yaml.safe_load(self.parser.dump(self.config, skip_none=False))
         for logger in trainer.loggers:
             if not isinstance(logger, CSVLogger):  # config.yaml lies there already
@@ -108,11 +121,17 @@ class CLI(LightningCLI):
             config.trainer.check_val_every_n_epoch = epochs
         root = Path(config.trainer.default_root_dir) / self.task
         fit, which = self.config.subcommand == "fit", config.get("ckpt_path")
+        command = None
         if fit and which == "auto":
-            which = "last" if any(root.glob("*/checkpoints/last.ckpt")) else None
+            command = same_run(sys.argv[1:])
+            which = "last" if any(find_runs(root, "last", command)) else None
             config.ckpt_path = which
+            if which is None and (newest := find_runs(root, "last")):
+                rank_zero_info(
+                    f"{newest[-1].parents[1]} is of another command: a new run (--ckpt_path last goes on there)"
+                )
         if which in ("last", "best"):
-            found = find_checkpoint(root, which)
+            found = find_checkpoint(root, which, command)
             config.ckpt_path = str(found)
             rank_zero_info(f"checkpoint: {found}")
             if fit and which == "last":
@@ -291,17 +310,33 @@ def discard(folder: Path | None) -> None:
     """Remove the folder of a run that ended before it had anything to show."""
     if folder is not None and folder.is_dir():
         left = {p.name for p in folder.rglob("*") if p.is_file()}
-        if left <= {"config.yaml", "hparams.yaml", "metrics.csv"}:
+        if left <= {"config.yaml", "hparams.yaml", "metrics.csv", COMMAND}:
             shutil.rmtree(folder)
 
 
 def quieten() -> None:
     """Leave out what is printed in every run and tells users nothing."""
     warnings.filterwarnings("ignore", message=".*LeafSpec.*")
+    # Of several processes: metrics are those of all samples, each once.
+    warnings.filterwarnings("ignore", message=".*recommended to use .*sync_dist=True")
+    warnings.filterwarnings("ignore", message="Using `DistributedSampler` with the dataloaders")
     warnings.filterwarnings("ignore", message="The dirpath has changed")
     warnings.filterwarnings("ignore", message="Checkpoint directory .* exists and is not empty")
     warnings.filterwarnings("ignore", message="Experiment logs directory .* exists and is not empty")
     logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(lambda r: "litlogger" not in r.getMessage())
+
+
+def told(error: RuntimeError) -> Exception:
+    """What a `RuntimeError` of PyTorch means, where it is no fault of the code; any other is raised again."""
+    text = str(error)
+    if KILLED in text:
+        return killed(error)
+    if "gloo" in text or isinstance(error, getattr(torch.distributed, "DistError", ())):
+        return SettingError(
+            "another process of this run has ended: it has said why above, or a signal has killed it (short memory?). "
+            "The run goes on with --ckpt_path last"
+        )
+    raise error
 
 
 def main(task: type[Task], args: list[str] | None = None) -> CLI:
@@ -334,15 +369,17 @@ def main(task: type[Task], args: list[str] | None = None) -> CLI:
             parser_kwargs={name: {"default_config_files": layers} for name in CLI.subcommands()},
         )
     except SIGTERMException:
+        rank_zero_info(f"stopped by {signal.Signals(Last.sign).name}; --ckpt_path last goes on")
         raise SystemExit(128 + Last.sign) from None  # what started the run should not take it for finished
-    except (*REFUSALS, MisconfigurationException) as error:
+    except (*REFUSALS, MisconfigurationException, RuntimeError) as error:
+        reason = told(error) if isinstance(error, RuntimeError) else error
         discard(CLI.folder)
         if os.environ.get("HRNET_TRACEBACK"):
             raise
         # An error of a loader's worker brings the worker's traceback as its message; its last part is ours.
-        text = str(error).rsplit(f"{type(error).__name__}: ", 1)[-1].strip()
-        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+        text = str(reason).rsplit(f"{type(reason).__name__}: ", 1)[-1].strip()
+        if isinstance(reason, OSError) and reason.errno in (errno.ENOSPC, errno.EDQUOT):
             text += (
                 "\nThe disk is full. Checkpoints that were written are whole: make room, and go on (--ckpt_path last)"
             )
-        raise SystemExit(f"\n{type(error).__name__}: {text}\n(HRNET_TRACEBACK=1 shows where)") from None
+        raise SystemExit(f"\n{type(reason).__name__}: {text}\n(HRNET_TRACEBACK=1 shows where)") from None

@@ -53,7 +53,8 @@ class Finite(Callback):
         self.skipped, self.in_a_row = self.skipped + 1, self.in_a_row + 1
         task.log("train/skipped", float(self.skipped), batch_size=1)
         if self.in_a_row >= PATIENCE:
-            raise NotFinite(f"gradients were NaN or infinite in {PATIENCE} steps in a row; {REMEDY}")
+            where = f"{PATIENCE} steps in a row, up to step {trainer.global_step}"
+            raise NotFinite(f"gradients were NaN or infinite in {where}. {remedy(trainer, skip=True)}")
 
     def on_train_batch_end(self, trainer: L.Trainer, task: Any, outputs: Any, batch: Any, index: int) -> None:
         self.look(trainer)
@@ -72,7 +73,8 @@ class Finite(Callback):
         self.look(trainer)
         weights = [p.detach() for p in task.parameters()]
         if weights and not torch.stack(torch._foreach_norm(weights)).isfinite().all():
-            raise NotFinite(f"weights are NaN or infinite, so no checkpoint of them is written; {REMEDY}")
+            what = remedy(trainer, skip=self.action == "skip")
+            raise NotFinite(f"weights are NaN or infinite, so no checkpoint of them is written. {what}")
 
     def look(self, trainer: L.Trainer) -> None:
         """At the loss of the step before."""
@@ -91,10 +93,20 @@ class Finite(Callback):
             saved = f"; {path} keeps the batch (torch.load)"
         ids = batch.get("id") if isinstance(batch, dict) else None
         of = f" of samples {ids.tolist()}" if isinstance(ids, Tensor) else ""
-        raise NotFinite(f"the loss is {loss.item()} in {where}{of}{saved}. {REMEDY}")
+        raise NotFinite(f"the loss is {loss.item()} in {where}{of}{saved}. {remedy(trainer, skip=False)}")
 
 
-REMEDY = (
-    "Go on from the last checkpoint (--ckpt_path last) with a lower learning rate, gradients clipped "
-    "(--trainer.gradient_clip_val), in fp32 (--trainer.precision 32-true), or leaving such steps out (--nonfinite skip)"
-)
+def remedy(trainer: L.Trainer, skip: bool) -> str:
+    """What to do, where it can be done."""
+    callback = trainer.checkpoint_callback
+    folder = getattr(callback, "dirpath", None)
+    path = None if folder is None else Path(folder) / "last.ckpt"
+    changes = "gradients clipped (--trainer.gradient_clip_val), in fp32 (--trainer.precision 32-true)"
+    if not skip:
+        changes += ", or leaving such steps out (--nonfinite skip)"
+    if path is None or not path.is_file():
+        return f"Begin again with a lower learning rate (--model.optimizer.lr), {changes}"
+    return (
+        f"Go on (--ckpt_path last) with {changes}; or begin anew from these weights with a lower learning rate "
+        f"(--model.init_from {path} --model.optimizer.lr ...)"
+    )

@@ -24,11 +24,17 @@ ROWS = "metrics_rows"
 """Where a checkpoint keeps how many rows `metrics.csv` had, and the row that was to come next, if any."""
 
 
+COMMAND = "command.txt"
+"""File of a run's folder: `same_run` of the command that began it."""
+
+
 class Last(ModelCheckpoint):
     """Writes `last.ckpt`, from which the run goes on as if it had not been stopped: after every epoch, every so many
-    steps within one, before the last step of one (validation may take long), and on Ctrl-C or SIGTERM.
+    steps within one, before the last step of one (validation may take long), where `max_steps` or `max_time` end one,
+    and on Ctrl-C or SIGTERM.
 
-    The first Ctrl-C ends the run after the step under way, the second at once.
+    The first Ctrl-C ends the run after the step under way, the second at once. A signal to one process of several ends
+    all of them after the same step.
 
     Args:
         every_n_steps: steps of the optimiser.
@@ -42,6 +48,10 @@ class Last(ModelCheckpoint):
         self.every_n_steps = every_n_steps
         self.before: Any = None
         self.due: dict[str, float] | None = None
+        self.told = torch.zeros(1, dtype=torch.int32)
+        self.group: Any = None
+        self.work: Any = None
+        self.answer = self.told
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         if trainer.is_global_zero and self.dirpath is not None:
@@ -54,26 +64,52 @@ class Last(ModelCheckpoint):
         # A schedule as long as the run asks for the loaders before the checkpoint is read; Lightning then forgets to
         # tell them their place in the epoch.
         trainer.fit_loop._load_combined_loader_states()
+        if trainer.world_size > 1:
+            # Lightning's handler broadcasts within the signal, amid whatever the processes are at, which can stop them
+            # for ever; and its question of every step makes GPUs wait.
+            self.group = torch.distributed.new_group(backend="gloo")
+            trainer.fit_loop.epoch_loop._broadcast_sigterm_tensor = self.agree  # type: ignore[method-assign]
+            if threading.current_thread() is threading.main_thread():
+                signal.signal(signal.SIGTERM, lambda *_: self.told.fill_(1))
 
     def interrupt(self, trainer: L.Trainer) -> None:
-        """Between two steps Lightning looks whether SIGTERM has come, in all processes at once."""
         rank_zero_info("\nCtrl-C: the run ends after this step; once more ends it at once")
         signal.signal(signal.SIGINT, self.before)
         Last.sign = signal.SIGINT
-        trainer._signal_connector.received_sigterm = True  # type: ignore[attr-defined]
+        if trainer.world_size > 1:
+            self.told.fill_(1)
+        else:  # between two steps Lightning looks
+            trainer._signal_connector.received_sigterm = True  # type: ignore[attr-defined]
+
+    def agree(self) -> None:
+        """Before a step: end, if any process had been told to before the last one; that answer is there by now."""
+        if self.work is not None:
+            self.work.wait()
+            self.work = None
+            if self.answer.item():
+                raise SIGTERMException
+        self.answer = self.told.clone()
+        self.work = torch.distributed.all_reduce(
+            self.answer, torch.distributed.ReduceOp.MAX, group=self.group, async_op=True
+        )
 
     def on_train_batch_end(self, trainer: L.Trainer, *args: Any) -> None:
         loop = trainer.fit_loop.epoch_loop
         left = trainer.num_training_batches - loop.batch_progress.current.ready
         if left == 0 or loop._should_accumulate():  # the epoch's end is not to be skipped, nor gradients to be lost
             return
-        if left == 1 or trainer.global_step % self.every_n_steps == 0:
+        ends = trainer.should_stop or trainer.global_step == trainer.max_steps
+        if left == 1 or ends or trainer.global_step % self.every_n_steps == 0:
             log = trainer._logger_connector
             if log.should_update_logs:  # of this step, but after this
                 numbers = {k: float(v) for k, v in log.metrics["log"].items()}
                 self.due = {"epoch": trainer.current_epoch, "step": loop._batches_that_stepped} | numbers
             self.save(trainer)
             self.due = None
+
+    def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        if trainer.fit_loop.epoch_loop.batch_progress.is_last_batch:  # else it goes on where it was left
+            super().on_train_epoch_end(trainer, pl_module)
 
     def on_exception(self, trainer: L.Trainer, pl_module: Any, exception: BaseException) -> None:
         # Other exceptions may have come amid a step.
@@ -89,6 +125,9 @@ class Last(ModelCheckpoint):
         if trainer.is_global_zero and isinstance(trainer.logger, CSVLogger):
             trainer.logger.save()  # before the checkpoint, or rows would be missing
             checkpoint[ROWS] = len(rows_of(Path(trainer.logger.log_dir))), self.due
+
+    def on_load_checkpoint(self, trainer: L.Trainer, pl_module: Any, checkpoint: dict[str, Any]) -> None:
+        checkpoint["callbacks"].pop("Timer", None)  # `max_time` is of a process, not of all that went on in turn
 
     def teardown(self, trainer: L.Trainer, pl_module: Any, stage: str) -> None:
         if self.before is not None:
@@ -124,14 +163,38 @@ class WholeCheckpoints(TorchCheckpointIO):
             ) from None
 
 
-def find_checkpoint(root: Path, which: str) -> Path:
+def same_run(args: list[str]) -> str:
+    """What of a command tells one run from another, a line an argument: not where it goes on, nor the trainer's."""
+    kept, given = [], iter(args)
+    for arg in given:
+        if arg.startswith(("--trainer.", "--ckpt_path")):
+            if "=" not in arg:
+                next(given, None)  # its value
+        else:
+            kept.append(arg)
+    return "\n".join(kept)
+
+
+def find_runs(root: Path, which: str, command: str | None = None) -> list[Path]:
+    """The `best.ckpt` or `last.ckpt` of all runs below `root`, the newest last; see `find_checkpoint`."""
+    found = sorted(root.glob(f"*/checkpoints/{which}.ckpt"), key=lambda path: path.stat().st_mtime)
+    if command is not None:
+        notes = [path.parents[1] / COMMAND for path in found]
+        found = [p for p, note in zip(found, notes, strict=True) if not note.is_file() or note.read_text() == command]
+    return found
+
+
+def find_checkpoint(root: Path, which: str, command: str | None = None) -> Path:
     """`best.ckpt` or `last.ckpt` of the newest run below `root` that has one; in place of a last one that cannot be
     read, that run's best.
+
+    Args:
+        command: `same_run` of the runs that count; None is any.
 
     Raises:
         WeightsError: if there is none.
     """
-    found = sorted(root.glob(f"*/checkpoints/{which}.ckpt"), key=lambda path: path.stat().st_mtime)
+    found = find_runs(root, which, command)
     if not found:
         raise WeightsError(f"no {which}.ckpt in any run below {root}; give the checkpoint's path")
     path = found[-1]
@@ -160,6 +223,11 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         if "TorchScript" in reason:
             raise WeightsError(f"{path}: an exported TorchScript; `predict` runs exported .onnx files") from None
+        if "weights only" in reason.lower().replace("_", " "):
+            raise WeightsError(
+                f"{path}: loading it could run code, which no checkpoint of a run needs, or it is cut off; weights of "
+                f"others come by --model.init_from"
+            ) from None
         raise WeightsError(f"{path}: not a readable checkpoint of a run ({reason}); is it cut off?") from None
     parts = [content.get(k) if isinstance(content, dict) else None for k in ("state_dict", "hyper_parameters")]
     if not all(isinstance(part, dict) for part in parts):

@@ -126,6 +126,7 @@ def test_a_resnets_map_is_where_an_hrnets_would_be(size):
     assert all((m.weight == 1).all() for m in norms)
 
 
+@pytest.mark.slow
 def test_a_resnets_run_is_kept_read_and_gone_on_with(cli, small, tmp_path):
     few = ["--trainer.max_steps=1", "--trainer.limit_val_batches=1", "--trainer.limit_train_batches=1"]
     light = ["--model.optimizer=torch.optim.SGD", "--model.optimizer.lr=0.01"]  # whose checkpoints are

@@ -1,5 +1,6 @@
 """Samples that cannot be read, and loader workers that die or hang."""
 
+import gc
 import os
 import shutil
 import signal
@@ -12,6 +13,7 @@ from datamodules.base import DataModule
 from datamodules.broken import Skipping, read
 from datamodules.loader import Loader
 from datamodules.transforms import DataError
+from tasks.cli import told
 from tasks.segmentation import Segmentation
 from tests.test_resume import TINY
 
@@ -33,6 +35,8 @@ class Numbers(Dataset):
             raise KeyError(index)
         if happens == "killed":
             os.kill(os.getpid(), signal.SIGKILL)
+        if happens == "stops":  # nothing but SIGKILL reaches it, as one that waits for a dead disk
+            os.kill(os.getpid(), signal.SIGSTOP)
         if happens == "hangs":
             time.sleep(60)
         return index
@@ -83,6 +87,23 @@ def test_hanging_worker_is_told(capfd):
     with pytest.raises(DataError, match="no batch within 8 seconds"):
         loaded(Numbers(8, _5="hangs"), workers=2, timeout=8)
     assert "in __getitem__" in capfd.readouterr().err
+
+
+def test_stopped_worker_is_not_waited_for():
+    began = time.monotonic()
+    with pytest.raises(DataError, match="no batch within 2 seconds"):
+        loaded(Numbers(8, _0="stops"), workers=1, timeout=2)
+    gc.collect()
+    assert time.monotonic() - began < 30
+
+
+def test_worker_killed_while_the_process_does_something_else():
+    """PyTorch's error comes at once, wherever the process is."""
+    text = "DataLoader worker (pid 7) is killed by signal: Killed."
+    assert "memory is short" in str(told(RuntimeError(text)))
+    assert "--ckpt_path last" in str(told(RuntimeError("[gloo/transport/tcp/pair.cc:547] Connection closed by peer")))
+    with pytest.raises(RuntimeError, match="a bug"):
+        told(RuntimeError("a bug"))
 
 
 def test_run_goes_on_without_broken_pictures(short, cache, cli, tmp_path, recwarn):

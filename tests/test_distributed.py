@@ -230,6 +230,29 @@ def test_two_nodes(uneven, tmp_path):
 
 
 @pytest.mark.distributed
+@pytest.mark.parametrize("ranks", [[0], [1], [0, 1]])
+def test_sigterm_to_any_process_ends_all_after_one_step(ranks, uneven, tmp_path):
+    given = ["fit", *uneven, *TASKS[Pose], *TWO, "--trainer.max_epochs=500", "--ckpt_path=auto"]
+    for _ in range(3):
+        process = start(tmp_path, Pose, *given)
+        try:
+            sign, deadline = tmp_path / "runs/pose/version_0/pictures/epoch_000.jpg", time.monotonic() + 120
+            while not sign.is_file() and process.poll() is None and time.monotonic() < deadline:
+                time.sleep(0.05)
+            time.sleep(1)
+            pids = [process.pid, child(process.pid)]
+            for rank in ranks:
+                os.kill(pids[rank], signal.SIGTERM)
+            assert process.wait(60) == 143, (tmp_path / "log").read_text()[-3000:]
+            assert not others(process.pid)
+        finally:
+            end(process)
+        sign.unlink()
+    steps = torch.load(newest(tmp_path, Pose) / "checkpoints/last.ckpt", weights_only=True)["global_step"]
+    assert steps > 0
+
+
+@pytest.mark.distributed
 @pytest.mark.parametrize("rank", [0, 1])
 def test_dead_process_ends_the_run_which_goes_on(rank, uneven, tmp_path):
     given = ["fit", *uneven, *TASKS[Pose], *TWO, "--trainer.max_epochs=40", "--ckpt_path=auto"]

@@ -121,6 +121,15 @@ def test_checksums(server, tmp_path):
         fetched(f"{server.url}/c.bin#md5=12")
 
 
+@pytest.mark.parametrize("secret", ["bob:HUNTER2@{}", "{}?X-Amz-Signature=HUNTER2", "{}?a=b&sig=HUNTER2&download=1"])
+def test_secrets_are_not_kept(secret):
+    """In configurations, checkpoints and messages."""
+    url = "http://" + (secret.format("nowhere.invalid/a.pth"))
+    with pytest.raises(DownloadError, match=r"http://nowhere\.invalid/a\.pth: the URL holds a password") as error:
+        fetched(url)
+    assert "HUNTER2" not in str(error.value)
+
+
 def test_weights_by_url(server, tmp_path):
     net = HRNet(HRNetConfig(4, modules=(1, 1, 1), blocks=1, stem=(1, 4)))
     torch.save(net.state_dict(), tmp_path / "a.pth")

@@ -250,6 +250,7 @@ def test_backbone_and_head_start_from_other_runs_and_frozen_stays(joint, cli, co
         cli(tmp_path, "fit", config(names, {"frozen": True}), task=Joint)
 
 
+@pytest.mark.slow
 def test_goes_on_bit_by_bit(cli, config, tmp_path, monkeypatch):
     """Amid an epoch whose tasks are amid other passes over their data."""
     path = tmp_path / "often.yaml"

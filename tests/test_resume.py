@@ -4,11 +4,13 @@ import errno
 import io
 import os
 import signal
+import time
 from pathlib import Path
 
 import pytest
 import torch
 
+from hrnet.checkpoints import WeightsError
 from tasks.arguments import CONFIGS
 from tasks.classification import Classification
 from tasks.detection import Detection
@@ -144,6 +146,42 @@ def test_what_is_random_in_a_step_is_drawn_again(task, cli, options, tmp_path, m
     second = cli(where[1], "fit", *options, *OWN[task], task=task)
     a, b = state(first.folder), state(second.folder)
     assert {k for k in PARTS if not same(a[k], b[k])} == set()
+
+
+def test_auto_is_of_the_same_command(cli, options, tmp_path):
+    few = ["--trainer.max_epochs=1", "--trainer.limit_train_batches=1", "--trainer.limit_val_batches=1"]
+    given = [*options, *OWN[Pose], *few]
+    first = cli(tmp_path, "fit", *given)
+    other = cli(tmp_path, "fit", *given, "--model.optimizer.lr=0.01")
+    assert other.folder != first.folder
+    again = cli(tmp_path, "fit", *given, "--trainer.max_epochs=2")  # the trainer's do not count
+    assert again.folder == first.folder
+    assert again.trainer.current_epoch == 2
+
+
+@pytest.mark.parametrize("end", ["max_steps=3", "max_time=00:00:00:01"])
+def test_what_ends_amid_an_epoch_goes_on_there(end, whole, cli, options, tmp_path, monkeypatch):
+    step = Pose.training_step
+    with monkeypatch.context() as slow:
+        slow.setattr(Pose, "training_step", lambda *args: time.sleep(0.4) or step(*args))
+        first = cli(tmp_path, "fit", *options, *OWN[Pose], f"--trainer.{end}")
+    assert 1 <= first.trainer.global_step <= 3
+    run = cli(tmp_path, "fit", *options, *OWN[Pose])
+    a, b = state(whole.folder), state(run.folder)
+    assert {k for k in PARTS if not same(a[k], b[k])} == set()
+
+
+def test_another_batch_size_amid_an_epoch_is_refused(cli, options, tmp_path):
+    cli(tmp_path, "fit", *options, *OWN[Pose], "--trainer.max_steps=3")
+    with pytest.raises(SystemExit, match=r"batches of 3 images .* had 4, amid an epoch"):
+        cli(tmp_path, "fit", *options, *OWN[Pose], "--ckpt_path=last", "--data.batch_size=3")
+
+
+def test_checkpoints_with_code_do_not_run_it(tmp_path):
+    path = tmp_path / "evil.ckpt"
+    torch.save({"state_dict": {}, "hyper_parameters": {"a": Gone("code")}}, path)
+    with pytest.raises(WeightsError, match=r"evil\.ckpt: loading it could run code"):
+        read_checkpoint(path)
 
 
 SLURM = {"JOB_ID": 7, "JOB_NAME": "pose", "NTASKS": 1, "PROCID": 0, "LOCALID": 0, "NODEID": 0, "NODELIST": "localhost"}

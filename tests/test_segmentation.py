@@ -560,6 +560,7 @@ def test_fine_tuning_up_samples_as_the_weights_were_trained(call, options, data,
 
 
 @torch.no_grad()
+@pytest.mark.slow
 def test_exported_network_scores_the_same(tmp_path, batch):
     task = build(head=SmallOCR, align_corners=True, evaluation=Protocol((48, 64), flip=True))
     assert export(task, tmp_path / "a.onnx") < 1e-4
