@@ -159,7 +159,9 @@ class Task(L.LightningModule):
 
     def on_fit_start(self) -> None:
         batch: int = self.trainer.datamodule.batch_size  # type: ignore[attr-defined]
-        rank_zero_info(f"{images_a_step(self.trainer)} images a step, learning rate {rate_of(self.trainer):g}")
+        resumed = self.trainer.ckpt_path is not None  # whose optimiser is read after this
+        rate = "that of the checkpoint" if resumed else f"{rate_of(self.trainer):g}"
+        rank_zero_info(f"{images_a_step(self.trainer)} images a step, learning rate {rate}")
         norms = [m for m in self.modules() if isinstance(m, nn.BatchNorm2d) and m.training]
         if self.trainer.world_size > 1 and batch < 8 and norms:
             rank_zero_warn(

@@ -59,12 +59,12 @@ class SaveConfig(SaveConfigCallback):
     """Beside `config.yaml` in the run's folder, the whole configuration goes to every logger that keeps any."""
 
     def save_config(self, trainer: Any, pl_module: Any, stage: str) -> None:
-        if stage == "fit" and not trainer.fast_dev_run:
-            (Path(trainer.log_dir) / COMMAND).write_text(same_run(sys.argv[1:]))
         config = yaml.safe_load(self.parser.dump(self.config, skip_none=False))
         for logger in trainer.loggers:
             if not isinstance(logger, CSVLogger):  # config.yaml lies there already
                 logger.log_hyperparams(config)
+            elif stage == "fit":  # by this process alone: to ask the trainer for the folder would ask all of them
+                (Path(logger.log_dir) / COMMAND).write_text(same_run(sys.argv[1:]))
 
 
 class CLI(LightningCLI):

@@ -123,4 +123,5 @@ class ScaledRate(Callback):
             scheduler: Any = config.scheduler
             if hasattr(scheduler, "base_lrs"):
                 scheduler.base_lrs = [rate * factor for rate in scheduler.base_lrs]
-        rank_zero_info(f"learning rate times {factor:g}: meant for {self.images} images a step")
+        if trainer.ckpt_path is None:
+            rank_zero_info(f"learning rate times {factor:g}: meant for {self.images} images a step")
