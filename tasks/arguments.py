@@ -65,6 +65,11 @@ def without_none(arg: str) -> str:
         return arg
 
 
+def listed(value: Any) -> list[Any]:
+    """None, one or several, as a list."""
+    return list(value) if isinstance(value, list | tuple) else [] if value is None else [value]
+
+
 def taken(args: list[str], name: str) -> tuple[str | None, list[str]]:
     """The value of an argument, None if it is not there, and the other arguments."""
     for i, arg in enumerate(args):

@@ -1,12 +1,10 @@
 """The one command line of all tasks: `python -m tasks.<task> fit|validate|test|predict|analyse|export`."""
 
-import errno
 import importlib
 import inspect
 import logging
 import os
 import pkgutil
-import shutil
 import signal
 import sys
 import tempfile
@@ -25,20 +23,19 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 
 import datamodules
 from datamodules.base import DataModule
-from datamodules.loader import KILLED, killed
-from datamodules.transforms import DataError
 from hrnet import HRNetConfig
 from hrnet.backbone import resolve
 from hrnet.checkpoints import WeightsError, config_of, is_source, read, summary
 from hrnet.resnet import RESNETS, ResNet
 from hrnet.weights import InitFrom
 from tasks import analyse, wandb_run
-from tasks.arguments import CONFIGS, SettingError, asked, spelled_out, whole_numbers, with_default_data
+from tasks.arguments import CONFIGS, SettingError, asked, listed, spelled_out, whole_numbers, with_default_data
 from tasks.base import Task, plain
 from tasks.callbacks import Faster, FasterTraining
+from tasks.endings import REFUSALS, discard, message, told
 from tasks.export import main as export
 from tasks.export import run_by, settings
-from tasks.guards import Finite, NotFinite
+from tasks.guards import Finite
 from tasks.resume import (
     COMMAND,
     ROWS,
@@ -51,7 +48,6 @@ from tasks.resume import (
     take_up,
 )
 
-REFUSALS = (DataError, WeightsError, SettingError, NotFinite, OSError)
 """What ends a run with one message instead of a traceback."""
 
 
@@ -280,11 +276,6 @@ def fast_bf16() -> bool:
     return torch.cuda.is_available() or getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)()
 
 
-def listed(value: Any) -> list[Any]:
-    """None, one or several, as a list."""
-    return list(value) if isinstance(value, list | tuple) else [] if value is None else [value]
-
-
 def check_writable(folder: Path) -> None:
     """Raise an `OSError` that names the folder, before any time is spent, if it cannot be written to."""
     try:
@@ -306,14 +297,6 @@ def network(backbone: Any) -> Any:
     return resolve(backbone if isinstance(backbone, str | HRNetConfig) else dict(backbone))
 
 
-def discard(folder: Path | None) -> None:
-    """Remove the folder of a run that ended before it had anything to show."""
-    if folder is not None and folder.is_dir():
-        left = {p.name for p in folder.rglob("*") if p.is_file()}
-        if left <= {"config.yaml", "hparams.yaml", "metrics.csv", COMMAND}:
-            shutil.rmtree(folder)
-
-
 def quieten() -> None:
     """Leave out what is printed in every run and tells users nothing."""
     warnings.filterwarnings("ignore", message=".*LeafSpec.*")
@@ -324,19 +307,6 @@ def quieten() -> None:
     warnings.filterwarnings("ignore", message="Checkpoint directory .* exists and is not empty")
     warnings.filterwarnings("ignore", message="Experiment logs directory .* exists and is not empty")
     logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(lambda r: "litlogger" not in r.getMessage())
-
-
-def told(error: RuntimeError) -> Exception:
-    """What a `RuntimeError` of PyTorch means, where it is no fault of the code; any other is raised again."""
-    text = str(error)
-    if KILLED in text:
-        return killed(error)
-    if "gloo" in text or isinstance(error, getattr(torch.distributed, "DistError", ())):
-        return SettingError(
-            "another process of this run has ended: it has said why above, or a signal has killed it (short memory?). "
-            "The run goes on with --ckpt_path last"
-        )
-    raise error
 
 
 def main(task: type[Task], args: list[str] | None = None) -> CLI:
@@ -376,10 +346,4 @@ def main(task: type[Task], args: list[str] | None = None) -> CLI:
         discard(CLI.folder)
         if os.environ.get("HRNET_TRACEBACK"):
             raise
-        # An error of a loader's worker brings the worker's traceback as its message; its last part is ours.
-        text = str(reason).rsplit(f"{type(reason).__name__}: ", 1)[-1].strip()
-        if isinstance(reason, OSError) and reason.errno in (errno.ENOSPC, errno.EDQUOT):
-            text += (
-                "\nThe disk is full. Checkpoints that were written are whole: make room, and go on (--ckpt_path last)"
-            )
-        raise SystemExit(f"\n{type(reason).__name__}: {text}\n(HRNET_TRACEBACK=1 shows where)") from None
+        raise SystemExit(message(reason)) from None

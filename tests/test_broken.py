@@ -13,7 +13,7 @@ from datamodules.base import DataModule
 from datamodules.broken import Skipping, read
 from datamodules.loader import Loader
 from datamodules.transforms import DataError
-from tasks.cli import told
+from tasks.endings import told
 from tasks.segmentation import Segmentation
 from tests.test_resume import TINY
 
