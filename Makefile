@@ -7,7 +7,7 @@ PY := .venv/bin/python
 demo: .venv/done  ## learn human pose from drawn scenes: a few minutes on a laptop's CPU
 	$(PY) -m tasks.pose fit
 
-test: .venv/done  ## the whole suite
+test: .venv/done  ## the suite; test-slow, test-distributed and notebooks have the rest
 	$(PY) -m pytest -n 2 --dist worksteal
 
 notebooks: .venv/done  ## runs every notebook, small

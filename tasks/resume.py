@@ -22,8 +22,6 @@ from hrnet.checkpoints import WeightsError, check_sums
 
 ROWS = "metrics_rows"
 """Where a checkpoint keeps how many rows `metrics.csv` had, and the row that was to come next, if any."""
-
-
 COMMAND = "command.txt"
 """File of a run's folder: `same_run` of the command that began it."""
 
@@ -98,6 +96,7 @@ class Last(ModelCheckpoint):
         left = trainer.num_training_batches - loop.batch_progress.current.ready
         if left == 0 or loop._should_accumulate():  # the epoch's end is not to be skipped, nor gradients to be lost
             return
+        # Not saved again at the end of such an epoch, which Lightning would count as whole.
         ends = trainer.should_stop or trainer.global_step == trainer.max_steps
         if left == 1 or ends or trainer.global_step % self.every_n_steps == 0:
             log = trainer._logger_connector
@@ -106,10 +105,6 @@ class Last(ModelCheckpoint):
                 self.due = {"epoch": trainer.current_epoch, "step": loop._batches_that_stepped} | numbers
             self.save(trainer)
             self.due = None
-
-    def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        if trainer.fit_loop.epoch_loop.batch_progress.is_last_batch:  # else it goes on where it was left
-            super().on_train_epoch_end(trainer, pl_module)
 
     def on_exception(self, trainer: L.Trainer, pl_module: Any, exception: BaseException) -> None:
         # Other exceptions may have come amid a step.
