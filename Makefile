@@ -37,7 +37,7 @@ docs: .venv/docs  ## the documentation as pages in site/, every link and anchor 
 	.venv/bin/mkdocs build --strict
 
 smoke-configs: .venv/done  ## build every config of the project and push one fake batch through it
-	$(PY) -m pytest -q tests/test_configs.py
+	$(PY) -m pytest -q -m 'slow or not slow' tests/test_configs.py
 
 DATA ?= data
 camvid: .venv/done  ## train on CamVid below DATA (an hour on two CPU cores), then judge the best epoch on test, once

@@ -48,17 +48,14 @@ from tasks.resume import (
     take_up,
 )
 
-"""What ends a run with one message instead of a traceback."""
-
 
 class SaveConfig(SaveConfigCallback):
     """Beside `config.yaml` in the run's folder, the whole configuration goes to every logger that keeps any."""
 
     def save_config(self, trainer: Any, pl_module: Any, stage: str) -> None:
-        config = yaml.safe_load(self.parser.dump(self.config, skip_none=False))
         for logger in trainer.loggers:
             if not isinstance(logger, CSVLogger):  # config.yaml lies there already
-                logger.log_hyperparams(config)
+                logger.log_hyperparams(yaml.safe_load(self.parser.dump(self.config, skip_none=False)))
             elif stage == "fit":  # by this process alone: to ask the trainer for the folder would ask all of them
                 (Path(logger.log_dir) / COMMAND).write_text(same_run(sys.argv[1:]))
 

@@ -175,35 +175,56 @@ def built(run):
     return parts | {"rate": task.optimizer([torch.nn.Parameter(weight.detach())]).defaults["lr"]}
 
 
-@pytest.mark.parametrize("path", SWEEPS, ids=lambda p: p.stem)
-def test_a_sweep(path, cli, short, place, monkeypatch):
-    """Each of its parameters exists, each value of it builds something else, and a trial of it runs."""
-    sweep = read_sweep(path)
-    trials = planned(sweep, 3 if sweep.method == "random" else None, 0, [], place / "runs/sweeps" / path.stem)
-    first = trials[0]
-    changed = {
-        (name, repr(trial.values[name])): trial
-        for trial in reversed(trials)
-        for name in trial.values
-        if sweep.method == "random" or all(trial.values[k] == first.values[k] for k in trial.values if k != name)
-    }
-    assert {name for name, _ in changed} == set(sweep.swept) == set(sweep.parameters)
-    task = TASKS[first.command[first.command.index("-m") + 1].removeprefix("tasks.")]
-    with monkeypatch.context() as patch:
-        patch.setattr("tasks.cli.CLI._run_subcommand", lambda *_: None)
-        patch.setattr("conftest.Run", lambda made, printed: made)
-        for name in sweep.swept if path.stem == "fusion" else set(sweep.swept) - {SEED}:  # a seed is a seed
-            values = [trial for (of, _), trial in changed.items() if of == name][: 2 if name == SEED else None]
-            assert len(values) > 1
-            found = [built(cli(place, *args_of(trial), *short, task=task)) for trial in values]
-            assert all(a != b for i, a in enumerate(found) for b in found[:i]), name
+@pytest.fixture(params=SWEEPS, ids=lambda p: p.stem)
+def sweep(request):
+    return read_sweep(request.param)
+
+
+@pytest.fixture
+def trials(sweep, place):
+    return planned(sweep, 3 if sweep.method == "random" else None, 0, [], place / "runs/sweeps/name")
+
+
+def task_of(trial):
+    return TASKS[trial.command[trial.command.index("-m") + 1].removeprefix("tasks.")]
+
+
+def test_a_trial_runs(sweep, trials, cli, short, place):
     quick = ["--trainer.max_epochs=1", "--trainer.limit_train_batches=1", "--trainer.check_val_every_n_epoch=1"]
-    cli(place, *args_of(first), *short, *quick, "--trainer.limit_val_batches=1", task=task)
-    record = first.finish(0, 1.0, sweep.metric)
+    trial = trials[0]
+    cli(place, *args_of(trial), *short, *quick, "--trainer.limit_val_batches=1", task=task_of(trial))
+    record = trial.finish(0, 1.0, sweep.metric)
     assert record["status"] == "ended", record
     assert math.isfinite(record["metric"])
     assert record["parameters"] > 10_000
-    shutil.rmtree(first.folder)
+    shutil.rmtree(trial.folder)
+
+
+def changed(sweep, trials):
+    """A trial of each value, in which all else is as in the first; of a random search, all."""
+    first = trials[0].values
+    return {
+        (name, repr(trial.values[name])): trial
+        for trial in reversed(trials)
+        for name in trial.values
+        if sweep.method == "random" or all(trial.values[k] == first[k] for k in trial.values if k != name)
+    }
+
+
+def test_its_parameters_are_those_it_varies(sweep, trials):
+    assert {name for name, _ in changed(sweep, trials)} == set(sweep.swept) == set(sweep.parameters)
+
+
+@pytest.mark.slow
+def test_each_value_builds_something_else(sweep, trials, cli, short, place, monkeypatch):
+    monkeypatch.setattr("tasks.cli.CLI._run_subcommand", lambda *_: None)
+    monkeypatch.setattr("conftest.Run", lambda made, printed: made)
+    for name in sweep.swept:
+        values = [trial for (of, _), trial in changed(sweep, trials).items() if of == name]
+        values = values[:2] if name == SEED else values
+        assert len(values) > 1
+        found = [built(cli(place, *args_of(trial), *short, task=task_of(trial))) for trial in values]
+        assert all(a != b for i, a in enumerate(found) for b in found[:i]), name
 
 
 def args_of(trial):

@@ -197,8 +197,9 @@ def test_gradients_equal_timm():
             compared += 1
     assert compared == len(expected)
     # Training-mode statistics too.
+    statistics = theirs.state_dict()
     for key, value in ours["backbone"].state_dict().items():
-        assert torch.allclose(value, theirs.state_dict()[key], rtol=1e-4, atol=1e-6), key
+        assert torch.allclose(value, statistics[key], rtol=1e-4, atol=1e-6), key
 
 
 @pytest.fixture(scope="module")

@@ -214,6 +214,7 @@ def test_predict_names_classes(fitted, call, data, tmp_path):
     assert len(list((run.folder / "predictions").glob("*.jpg"))) == 3
 
 
+@pytest.mark.slow
 def test_average_of_weights(call, options, tmp_path):
     layers = ["-c", CONFIGS / "classification/rendered.yaml", "-c", CONFIGS / "experiments/ema.yaml"]
     run = call(tmp_path, "fit", *layers, *options)

@@ -371,6 +371,7 @@ def test_wandb_overlay_needs_no_account(cli, small, tmp_path, monkeypatch):
     assert (run.folder / "metrics.csv").is_file()
 
 
+@pytest.mark.slow
 def test_wandb_run_goes_on_and_keeps_the_best(cli, small, tmp_path, monkeypatch):
     import wandb
 
@@ -530,7 +531,7 @@ SPOILT = {
 }
 
 
-@pytest.mark.parametrize("split", ["train", "val"])
+@pytest.mark.parametrize("split", [pytest.param("train", marks=pytest.mark.slow), "val"])
 @pytest.mark.parametrize(("change", "words"), SPOILT.values(), ids=SPOILT.keys())
 def test_faulty_annotations(change, words, split, coco, cli, tmp_path, capfd):
     root, options = coco

@@ -294,6 +294,7 @@ def test_other_classes_are_refused(masked, cli, options, monkeypatch):
         )  # fmt: skip
 
 
+@pytest.mark.slow
 def test_learning_a_picture_by_heart(cache):
     """Boxes, classes and their places are right end to end: otherwise AP could not become high."""
     torch.manual_seed(0)

@@ -74,9 +74,9 @@ def test_published_sizes(preset, neck, mask, cascade, both, fcos):
 def test_losses_are_finite_and_fall(kind, bf16):
     backbone, detector = make(kind)
     x, batch = torch.randn(2, 3, 128, 160), make_batch()
-    optimizer = torch.optim.Adam([*backbone.parameters(), *detector.parameters()], 1e-3)
+    optimizer = torch.optim.Adam([*backbone.parameters(), *detector.parameters()], 2e-3)
     totals = []
-    steps = 2 if bf16 else 12  # emulated where the processor has none
+    steps = 1 if bf16 else 8  # emulated where the processor has none
     for _ in range(steps):
         with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
             losses = detector.loss(backbone(x), batch)

@@ -102,7 +102,8 @@ def test_there_and_back(dialect, head, suffix, image, tmp_path):
     assert not report.missing + report.unexpected + report.mismatched
     assert close(target(image), source(image)) < 1e-5
     if DIALECTS[dialect].biases:
-        assert all(torch.equal(v, source.state_dict()[k]) for k, v in target.state_dict().items())
+        ours = source.state_dict()
+        assert all(torch.equal(v, ours[k]) for k, v in target.state_dict().items())
     # What was read is written as it was, to the last bit, in every dialect.
     write(file.state, tmp_path / f"b{suffix}", dialect)
     a, b = (

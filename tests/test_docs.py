@@ -279,6 +279,7 @@ def parameters(preset, head, outputs):
         return sum(p.numel() for p in Network(preset, head, outputs).parameters())
 
 
+@pytest.mark.slow
 def test_parameters_of_the_model_cards():
     rows = re.findall(r"^\| (w\d+\w*) \| .*?\| ([\d,]+) \|", (DOCS / "models.md").read_text(), re.M)
     assert [name for name, _ in rows] == list(PRESETS)

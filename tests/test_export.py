@@ -78,6 +78,7 @@ def run(cli, small, tmp_path_factory):
     return cli(tmp_path_factory.mktemp("runs"), "fit", *small, backbone, *short)
 
 
+@pytest.mark.slow
 def test_command_exports_and_predict_runs_it(run, cli, rendered, tmp_path, capsys):
     checkpoint = run.folder / "checkpoints" / "last.ckpt"
     with pytest.raises(SystemExit) as done:

@@ -52,7 +52,13 @@ def test_fast_is_the_same_function(head, size, upsample):
 
 
 @pytest.mark.parametrize(
-    "config", [TINY, replace(TINY, fusion="across"), replace(TINY, fusion="final"), PRESETS["w18"]]
+    "config",
+    [
+        TINY,
+        replace(TINY, fusion="across"),
+        replace(TINY, fusion="final"),
+        pytest.param(PRESETS["w18"], marks=pytest.mark.slow),
+    ],
 )
 @pytest.mark.parametrize("outputs", [1, 2, 4])
 @torch.no_grad()
@@ -122,7 +128,8 @@ def test_no_batch_norm_is_left_in_the_backbone():
     assert kinds.count(nn.Conv2d) == sum(isinstance(m, nn.Conv2d) for m in network().modules())
 
 
-@pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
+@pytest.mark.slow
 def test_compiled_is_the_same_function_for_so_many_sizes(backend, monkeypatch):
     compiled = torch.compile
     if backend != "inductor":  # traced, without a minute of C++
@@ -147,6 +154,7 @@ def test_evaluates_to_the_same_numbers(cli, small, tmp_path):
     assert isinstance(fast.model.backbone, HRNet)  # put back
 
 
+@pytest.mark.slow
 def test_trains_to_the_same_weights_with_its_blocks_compiled():
     config = HRNetConfig(4, modules=(1, 1, 1), blocks=1, stem=(1, 4))
     plain, compiled = (network(config=config).double().train() for _ in range(2))

@@ -101,7 +101,7 @@ def only(name):
 
 @pytest.mark.parametrize(
     "name",
-    ["pose", "segmentation", *(pytest.param(n, marks=pytest.mark.slow) for n in ("detection", "classification"))],
+    ["pose", *(pytest.param(n, marks=pytest.mark.slow) for n in ("segmentation", "detection", "classification"))],
 )
 def test_equals_the_single_task_bit_for_bit(name, cli, config, parts, tmp_path):
     """Weights, the optimiser's memory, losses and numbers; with weight decay, clipping, a head's own learning rate, and
@@ -188,7 +188,10 @@ def judged(cli, folder, name, parts, *args):
     return {k: v for k, v in run.numbers.items() if k != "val/loss"}
 
 
-@pytest.mark.parametrize("name", MODEL)
+@pytest.mark.parametrize(
+    "name",
+    ["pose", "detection", *(pytest.param(n, marks=pytest.mark.slow) for n in ("segmentation", "classification"))],
+)
 def test_part_of_a_checkpoint_is_a_task_of_its_own(name, joint, cli, parts, tmp_path):
     """With its own statistics, settings and facts; as init_from, and split off as --ckpt_path."""
     path = joint.folder / "checkpoints/last.ckpt"
@@ -234,6 +237,7 @@ def test_predict_shows_everything(joint, cli, tmp_path):
     assert cv2.imread(str(run.folder / "predictions/1.jpg")).shape == (70, 91, 3)
 
 
+@pytest.mark.slow
 def test_backbone_and_head_start_from_other_runs_and_frozen_stays(joint, cli, config, tmp_path):
     path = str(joint.folder / "checkpoints/last.ckpt")
     start = {"init_from": {"path": path, "part": "backbone"}, "frozen": True}
@@ -386,6 +390,7 @@ def test_heads_start_alike_whatever_is_beside_them():
     assert same(dict(alone.backbone.state_dict()), dict(model.backbone.state_dict()))
 
 
+@pytest.mark.slow
 def test_embedded_default(cli, cache, tmp_path):
     content = yaml.safe_load((CONFIGS / "joint/rendered.yaml").read_text())
     for part in content["data"]["init_args"]["parts"].values():

@@ -158,8 +158,9 @@ def test_there_and_back(dialect, kind, tmp_path):
     file = read(tmp_path / "a.pth")
     assert (file.dialect, file.head, file.others) == (name, "detection", [])
     load(target, InitFrom(str(tmp_path / "a.pth")))
+    loaded = target.state_dict()
     for key, value in source.state_dict().items():
-        other = target.state_dict()[key]
+        other = loaded[key]
         if dialect == "mmdet" and not cascade and "box_predictor.bbox_pred" in key:
             value, other = value[4:], other[4:]  # of the background, which is read by nothing
         assert torch.equal(value, other), key

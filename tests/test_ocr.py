@@ -194,6 +194,7 @@ def test_ocr_is_the_official_one(align_corners, image, tmp_path):
 
 
 @torch.no_grad()
+@pytest.mark.slow
 def test_w48_with_ocr_is_the_official_one(tmp_path):
     write(
         trained(config=HRNetConfig(48, upsample="bilinear")).state_dict(), tmp_path / "a.pth", "official-segmentation"

@@ -98,9 +98,9 @@ def stop_at(monkeypatch, task, method, count):
 @pytest.mark.parametrize(
     ("method", "count"),
     [
-        *[("training_step", count) for count in (2, 7, 8)],
+        ("training_step", 7),
         ("validation_step", 2),  # after the one of the sanity check
-        *[pytest.param("training_step", count, marks=pytest.mark.slow) for count in (1, 4, 11)],
+        *[pytest.param("training_step", count, marks=pytest.mark.slow) for count in (1, 2, 4, 8, 11)],
         pytest.param("validation_step", 3, marks=pytest.mark.slow),
     ],
 )
@@ -130,7 +130,9 @@ def test_goes_on_again_and_again(whole, cli, options, tmp_path, monkeypatch):
     assert len(list(run.folder.parent.iterdir())) <= 2
 
 
-@pytest.mark.parametrize("task", [Segmentation, Detection, pytest.param(Classification, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "task", [Detection, *(pytest.param(task, marks=pytest.mark.slow) for task in (Segmentation, Classification))]
+)
 def test_what_is_random_in_a_step_is_drawn_again(task, cli, options, tmp_path, monkeypatch):
     """Dropout, sampled boxes, mixed images."""
     where = [tmp_path / "whole", tmp_path / "stopped"]
@@ -159,7 +161,7 @@ def test_auto_is_of_the_same_command(cli, options, tmp_path):
     assert again.trainer.current_epoch == 2
 
 
-@pytest.mark.parametrize("end", ["max_steps=3", "max_time=00:00:00:01"])
+@pytest.mark.parametrize("end", ["max_steps=3", pytest.param("max_time=00:00:00:01", marks=pytest.mark.slow)])
 def test_what_ends_amid_an_epoch_goes_on_there(end, whole, cli, options, tmp_path, monkeypatch):
     step = Pose.training_step
     with monkeypatch.context() as slow:
@@ -188,7 +190,12 @@ SLURM = {"JOB_ID": 7, "JOB_NAME": "pose", "NTASKS": 1, "PROCID": 0, "LOCALID": 0
 
 
 @pytest.mark.parametrize(
-    ("sign", "variables"), [(signal.SIGTERM, {}), (signal.SIGINT, {}), (signal.SIGTERM, SLURM)], ids=str
+    ("sign", "variables"),
+    [
+        (signal.SIGTERM, {}),
+        *(pytest.param(*c, marks=pytest.mark.slow) for c in ((signal.SIGINT, {}), (signal.SIGTERM, SLURM))),
+    ],
+    ids=str,
 )
 def test_signal_ends_after_the_step(sign, variables, whole, cli, options, tmp_path, monkeypatch):
     step, before = Pose.training_step, signal.getsignal(signal.SIGTERM)

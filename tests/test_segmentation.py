@@ -478,7 +478,8 @@ def test_hyperparameters_make_the_same_task(loss, tmp_path):
     loaded = Segmentation.load_from_checkpoint(tmp_path / "a.ckpt")
     assert loaded.pixel_loss == loss
     assert loaded.flip_index.tolist() == [0, 2, 1, 3, 4]
-    assert all(torch.equal(v, loaded.state_dict()[k]) for k, v in task.state_dict().items())
+    after = loaded.state_dict()
+    assert all(torch.equal(v, after[k]) for k, v in task.state_dict().items())
 
 
 def test_checkpoint_brings_all_of_it_along(ocr_run, data):

@@ -286,6 +286,7 @@ def test_a_plot_is_drawn(toy, tmp_path):
     assert scores == sorted(scores, reverse=True)
 
 
+@pytest.mark.slow
 def test_a_trial_of_a_real_task(cli, small, tmp_path, monkeypatch):
     """Through a process of its own; its network is counted, and what is kept is a checkpoint to go on from."""
     monkeypatch.chdir(CONFIGS.parent)

@@ -12,6 +12,7 @@ from hrnet.table import measure
         ("w18", "classification", 21_299_004, 3.99),
     ],
 )
+@pytest.mark.slow
 def test_published_networks(preset, kind, parameters, macs):
     count, multiply_adds, activations = measure(preset, kind)
     assert count == parameters
