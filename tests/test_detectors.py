@@ -69,7 +69,7 @@ def test_published_sizes(preset, neck, mask, cascade, both, fcos):
     assert [round(parameters(backbone, head) / 1e6, 1) for head in heads] == [mask, cascade, both, fcos]
 
 
-@pytest.mark.parametrize("bf16", [False, True])
+@pytest.mark.parametrize("bf16", [False, pytest.param(True, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("kind", KINDS)
 def test_losses_are_finite_and_fall(kind, bf16):
     backbone, detector = make(kind)

@@ -39,7 +39,7 @@ def error(a, b):
 
 
 @pytest.mark.parametrize("head", [None, HRNetV2, Classification, OCR])
-@pytest.mark.parametrize("size", [(2, 3, 64, 96), (1, 3, 75, 50), (1, 3, 32, 33)])
+@pytest.mark.parametrize("size", [(2, 3, 75, 50), pytest.param((1, 3, 64, 96), marks=pytest.mark.slow)])
 @pytest.mark.parametrize("upsample", ["nearest", "bilinear"])
 @torch.no_grad()
 def test_fast_is_the_same_function(head, size, upsample):
