@@ -184,6 +184,7 @@ def pack(folder: str, out: str, per_shard: int = 1000) -> None:
             print(f"{split}: {len(instances)} pictures in {-(-len(instances) // per_shard)} shards")
         (part / "classes.txt").write_text("".join(f"{name}\n" for name in data.class_names))
         os.replace(part, place)
+        print(f"{out} is complete; python -m datamodules.shards check {out} reads every picture")
     except BaseException:
         shutil.rmtree(part, ignore_errors=True)
         raise

@@ -155,6 +155,7 @@ def main() -> None:
     try:
         device = torch.device(given.device)
         image = torch.randn(given.batch, 3, *size, device=device)
+        image[0, 0, 0, 0].item()  # not of meta tensors
     except (RuntimeError, AssertionError) as error:
         parser.error(f"--device {given.device}: {str(error).splitlines()[0]}")
     calls, apart = candidates(preset, image, given.compile)

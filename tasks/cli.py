@@ -9,6 +9,7 @@ import signal
 import sys
 import tempfile
 import warnings
+from argparse import SUPPRESS
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
@@ -86,9 +87,12 @@ class CLI(LightningCLI):
         text = "merged layers (not to fit), torch.compile, or branches side by side on a GPU (merged ones always are)"
         parser.add_argument("--fast", type=ways, default="no", help=text)
         if self.preparing == "fit":
-            choice: Any = Literal["stop", "skip"]
             text = "what to do at a loss or a gradient that is NaN or infinite: end the run, or leave out the step"
-            parser.add_argument("--nonfinite", type=choice, default="stop", help=text)
+            parser.add_argument("--nonfinite", type=Literal["stop", "skip"], default="stop", help=text)
+            parser.add_lightning_class_args(Last, "last")  # whichever callbacks a configuration has
+        elif self.preparing != "predict":
+            for name in ("nonfinite", "last"):  # the config.yaml of a fit has them
+                parser.add_argument(f"--{name}", type=Any, help=SUPPRESS)
         if self.preparing == "predict":  # pictures know nothing of keypoints: the checkpoint does
             for name in self.model_class.protocol:
                 parser.link_arguments(f"model.{name}", f"data.init_args.{name}", apply_on="instantiate")

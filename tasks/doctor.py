@@ -79,7 +79,8 @@ def disk(folder: Path) -> Iterator[Finding]:
 def run() -> Iterator[Finding]:
     """Three steps and a validation with two workers, and going on with them."""
     said = io.StringIO()
-    logging.getLogger("lightning").setLevel(logging.ERROR)
+    for name in ("lightning.pytorch", "lightning.fabric"):  # they have levels of their own
+        logging.getLogger(name).setLevel(logging.ERROR)
     with tempfile.TemporaryDirectory() as folder:
         given = ["--data.train=12", "--data.val=6", "--data.size=[64,48]", "--data.batch_size=4", "--data.workers=2"]
         given += [TINY, f"--data.root={folder}/scenes", f"--trainer.default_root_dir={folder}", "--ckpt_path=auto"]

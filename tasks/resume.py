@@ -159,10 +159,10 @@ class WholeCheckpoints(TorchCheckpointIO):
 
 
 def same_run(args: list[str]) -> str:
-    """What of a command tells one run from another, a line an argument: not where it goes on, nor the trainer's."""
+    """What of a command tells one run from another, a line an argument: neither the trainer's nor how it is kept."""
     kept, given = [], iter(args)
     for arg in given:
-        if arg.startswith(("--trainer.", "--ckpt_path")):
+        if arg.startswith(("--trainer.", "--last.", "--ckpt_path")):
             if "=" not in arg:
                 next(given, None)  # its value
         else:

@@ -101,6 +101,8 @@ def test_saved_config_runs_again_alike(fitted, cli, tmp_path):
     assert again.numbers == pytest.approx(fitted.numbers, rel=1e-5)
     first, second = (yaml.safe_load((run.folder / "config.yaml").read_text()) for run in (fitted, again))
     assert first == second
+    judged = cli(tmp_path, "validate", "-c", fitted.folder / "config.yaml", f"--ckpt_path={checkpoint(fitted, 'last')}")
+    assert judged.numbers["val/AP"] == fitted.numbers["val/AP"]
 
 
 def test_checkpoint_of_the_command_line_is_plain_and_loads(fitted):

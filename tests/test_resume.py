@@ -27,8 +27,7 @@ trainer:
   callbacks:
     - class_path: lightning.pytorch.callbacks.ModelCheckpoint
       init_args: {filename: best, monitor: val/score, mode: max, enable_version_counter: false}
-    - class_path: tasks.resume.Last
-      init_args: {every_n_steps: 2}
+last: {every_n_steps: 2}
 """
 
 
