@@ -250,8 +250,7 @@ class CLI(LightningCLI):
             raise SettingError(f"--fast {fast} is for HRNets, not for {self.model.backbone.config}")
         if fast != "no":
             callbacks.append(FasterTraining(fast) if fit else Faster(fast == "compiled"))
-        if fit:
-            callbacks.append(Finite(self.config_init.fit.nonfinite))
+        callbacks.append(Finite(self.config_init.fit.nonfinite) if fit else Last())  # whose state a checkpoint has
         others = [x for x in listed(config["logger"]) if isinstance(x, Logger)]
         if any(isinstance(x, WandbLogger) for x in others):
             wandb_run.prepare(self.goes_on)
