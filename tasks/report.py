@@ -124,7 +124,9 @@ def plot(title: str, series: Mapping[str, Sequence[tuple[float, float]]], across
         return ""
     xs, ys = zip(*points, strict=True)
     x0, x1, y0, y1 = (0.0, 1.0, 0.0, 1.0) if square else (min(xs), max(xs), min(0, *ys, 0), max(ys))
-    x1, y1 = (x1 if x1 > x0 else x0 + 1), (y1 if y1 > y0 else y0 + 1)
+    if x1 == x0:  # a run that was judged once: in the middle
+        x0, x1 = x0 - 2, x1 + 2
+    y1 = y1 if y1 > y0 else y0 + 1
     left, top, wide, high = 54, 8, 270, 260 if square else 170
 
     def place(x: float, y: float) -> tuple[float, float]:
