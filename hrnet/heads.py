@@ -257,6 +257,31 @@ class Classification(nn.Module):
         return self.final_layer(y).mean(dim=(2, 3))
 
 
+class Pooled(nn.Module):
+    """The means of all maps, classified: for backbones that learn more than classes, beside which the ImageNet head's
+    ten million parameters would outweigh all else.
+
+    Args:
+        channels: of the four maps.
+        num_outputs: classes.
+
+    `forward(maps)` gives logits `[B, num_outputs]`.
+    """
+
+    maps = 4
+
+    def __init__(self, channels: list[int], num_outputs: int = 1000) -> None:
+        super().__init__()
+        self.classifier = nn.Linear(sum(channels), num_outputs)
+
+    def forward(self, maps: list[Tensor]) -> Tensor:
+        return self.classifier(self.pooled(maps))
+
+    def pooled(self, maps: list[Tensor]) -> Tensor:
+        """`[B, sum(channels)]`, what the classifier sees."""
+        return torch.cat([x.mean(dim=(2, 3)) for x in maps], dim=1)
+
+
 def mixed(conv: nn.Conv2d, maps: list[Tensor], align_corners: bool) -> Tensor:
     """A 1x1 convolution of all maps brought to the finest. On the CPU it goes before the up-sampling, with which it
     commutes: an eighth of the multiply-adds for more memory traffic, which a GPU has less to spare of."""

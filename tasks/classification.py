@@ -139,7 +139,7 @@ class Classification(Task):
         return {"probability": self.logits(features).softmax(-1)}
 
     def embed(self, images: str | Path | Array | Tensor | Sequence[Any]) -> Tensor:
-        """`[B, 2048]`, the pooled vectors before the classifier; for retrieval.
+        """`[B, 2048]` (of the ImageNet head), the pooled vectors before the classifier; for retrieval.
 
         Args:
             images: as for `infer`, or uint8 RGB `[B, 3, H, W]`, taken as it is.

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch.utils.data import default_collate
 
 from datamodules.rendered import RenderedLabels
-from hrnet import PRESETS, HRNet, HRNetConfig, checkpoints
+from hrnet import PRESETS, HRNet, HRNetConfig, checkpoints, heads
 from hrnet.checkpoints import WeightsError
 from hrnet.weights import InitFrom
 from tasks.arguments import CONFIGS
@@ -100,10 +100,11 @@ def test_teacher_is_learned_from_and_not_saved(batch):
 
 
 @torch.no_grad()
-def test_embedding_is_what_the_classifier_sees(batch):
-    task = build()
+@pytest.mark.parametrize(("head", "length"), [(heads.Classification, 2048), (heads.Pooled, 15 * TINY.width)])
+def test_embedding_is_what_the_classifier_sees(head, length, batch):
+    task = build(head=head)
     vector = task.embed(batch["image"])
-    assert vector.shape == (4, 2048)
+    assert vector.shape == (4, length)
     torch.testing.assert_close(task.head.classifier(vector), task.logits(task(batch["image"])))
 
 
