@@ -124,9 +124,24 @@ class Pictures(Callback):
                 logger.experiment.add_image(key, np.ascontiguousarray(picture), trainer.global_step, dataformats="HWC")
 
 
+def gathered(items: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Those of all processes, ordered by image_id; a picture's are of one process only, for a sampler gives some
+    pictures to two of them, so that all have as many."""
+    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+        return items
+    parts: list[Any] = [None] * torch.distributed.get_world_size()
+    torch.distributed.all_gather_object(parts, items)
+    whose: dict[int, int] = {}
+    found = [x for rank, part in enumerate(parts) for x in part if whose.setdefault(x["image_id"], rank) == rank]
+    return sorted(found, key=lambda item: item["image_id"])
+
+
 class Predictions(Callback):
     """Writes what `predict` found: `predictions/results.json` (COCO results, with file names) and overlay pictures, or
     one overlay video; and what `validate` and `test` judged: `predictions/val.json`, as COCO's own tools read it.
+
+    A task's `collector(instances)` is updated with each batch and has `results()`, items with an `image_id`: those that
+    its process has seen, or if it is a metric (a module), those of all.
 
     Args:
         pictures: whether to draw overlays.
@@ -173,6 +188,8 @@ class Predictions(Callback):
 
     def on_predict_end(self, trainer: L.Trainer, task: Any) -> None:
         results = self.metric.results()
+        if not isinstance(self.metric, torch.nn.Module):  # metrics do so themselves
+            results = gathered(results)
         folder = folder_of(trainer)
         if not trainer.is_global_zero or folder is None:
             return

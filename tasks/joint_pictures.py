@@ -7,7 +7,6 @@ from typing import Any
 
 import lightning as L
 import numpy as np
-import torch
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 from PIL import Image
 from pycocotools import mask as rle
@@ -69,13 +68,7 @@ class Everything:
             self.found[i] = item
 
     def results(self) -> list[dict[str, Any]]:
-        """To be called by all processes."""
-        found = self.found
-        if torch.distributed.is_available() and torch.distributed.is_initialized():
-            parts: list[Any] = [None] * torch.distributed.get_world_size()
-            torch.distributed.all_gather_object(parts, found)
-            found = {i: item for part in parts for i, item in part.items()}
-        return [found[i] for i in sorted(found)]
+        return [self.found[i] for i in sorted(self.found)]
 
 
 def items_of(task: Any, result: Any, file: Path) -> list[dict[str, Any]]:

@@ -258,7 +258,7 @@ class LabelMaps:
         self.instances, self.names, self.palette = instances, names, palette
         self.folder = Path("predictions")
         taken: set[str] = set()
-        self.files = []
+        self.files, self.written = [], set[int]()
         for instance in instances:  # two folders may hold the same file name
             stem = name = instance_name(instance)
             number = 1
@@ -275,19 +275,17 @@ class LabelMaps:
             picture = Image.fromarray(label)
             picture.putpalette(table(self.palette).ravel().tolist())  # viewers show colours, programs read numbers
             picture.save(place / self.files[i])
+            self.written.add(i)
 
     def results(self) -> list[dict[str, Any]]:
         """What share of each picture is of which class, and where its mask is."""
-        if torch.distributed.is_available() and torch.distributed.is_initialized():
-            torch.distributed.barrier()
         found = []
-        for instance, name in zip(self.instances, self.files, strict=True):
-            path = self.folder / "masks" / name
-            if path.is_file():
-                label = np.asarray(Image.open(path))
-                share = np.bincount(label.ravel(), minlength=256)[: len(self.names)] / label.size
-                kept = {self.names[i]: round(float(s), 5) for i, s in enumerate(share) if s > 0}
-                found.append({"image_id": instance.image_id, "mask_file": str(path), "share": kept})
+        for i in sorted(self.written):
+            path = self.folder / "masks" / self.files[i]
+            label = np.asarray(Image.open(path))
+            share = np.bincount(label.ravel(), minlength=256)[: len(self.names)] / label.size
+            kept = {self.names[i]: round(float(s), 5) for i, s in enumerate(share) if s > 0}
+            found.append({"image_id": self.instances[i].image_id, "mask_file": str(path), "share": kept})
         cv2.imwrite(str(self.folder / "legend.png"), cv2.cvtColor(self.legend(), cv2.COLOR_RGB2BGR))
         return found
 

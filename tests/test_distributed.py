@@ -14,6 +14,7 @@ import time
 import pytest
 import torch
 
+from tasks.callbacks import gathered
 from tasks.classification import Classification
 from tasks.detection import Detection
 from tasks.pose import Pose
@@ -57,6 +58,16 @@ def test_two_processes_fit_and_count_every_picture_once(options, cli, tmp_path):
     judged = {k for k in one if k.startswith("val/") and k != "val/loss"}  # the loss is Lightning's mean of two means
     assert len(judged) > 10
     assert {k: both[k] for k in judged} == {k: one[k] for k in judged}
+
+
+def test_what_several_processes_predict_is_gathered(monkeypatch):
+    """A picture that two of them have seen counts once, with all that one has found in it."""
+    seen = [[{"image_id": i, "of": rank} for i in ids] for rank, ids in enumerate(([0, 2, 2, 4], [1, 3, 0]))]
+    for name, answer in (("is_initialized", True), ("get_world_size", 2)):
+        monkeypatch.setattr(torch.distributed, name, lambda answer=answer: answer)
+    monkeypatch.setattr(torch.distributed, "all_gather_object", lambda parts, own: parts.__setitem__(slice(2), seen))
+    found = [(item["image_id"], item["of"]) for item in gathered(seen[1])]
+    assert found == [(0, 0), (1, 1), (2, 0), (2, 0), (3, 1), (4, 0)]
 
 
 @pytest.mark.distributed
