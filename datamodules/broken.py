@@ -42,6 +42,8 @@ class Skipping(Dataset):
     def note(self, index: int, reason: str) -> None:
         if index not in self.known:
             self.known.add(index)
+            if index in read(self.path):  # by a worker of an earlier epoch
+                return
             with self.path.open("a") as file:
                 file.write(json.dumps({"sample": index, "reason": reason}) + "\n")
         skipped = read(self.path)

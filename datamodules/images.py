@@ -104,7 +104,12 @@ class Images(KeypointData):
         """(W, H) of an image or a frame."""
         if self.video is not None:
             return self.video.size
-        return upright_size(self.files[image_id])
+        try:
+            return upright_size(self.files[image_id])
+        except DataError:
+            if not self.skip:
+                raise
+            return 1, 1  # it cannot be read either, and is skipped then
 
     def _instance(self, image_id: int, box: Sequence[float], **given: Any) -> Instance:
         path = str(self.files[image_id]) + (f"#{image_id}" if self.video else "")

@@ -58,7 +58,9 @@ class Loader(DataLoader):
             if worker.is_alive() and hasattr(signal, "SIGUSR2"):
                 os.kill(worker.pid, signal.SIGUSR2)
                 time.sleep(0.3)  # one after another, or they write into each other's lines
-        signal_handling._remove_worker_pids(id(self._iterator))  # whose death would be an error of its own
+        if getattr(self._iterator, "_worker_pids_set", False):  # whose death would be an error of its own
+            signal_handling._remove_worker_pids(id(self._iterator))
+            self._iterator._worker_pids_set = False  # type: ignore[union-attr]
         for worker in workers:
             worker.kill()
 
@@ -67,18 +69,22 @@ class Loader(DataLoader):
             return {}
         order = self.sampler
         images = order.batch_size * order.num_replicas
-        return {"seed": order.seed, "epoch": order.epoch, "batches": self.done, "of": len(self), "images": images}
+        place = {"seed": order.seed, "epoch": order.epoch, "batches": self.done, "of": len(self)}
+        return place | {"images": images, "samples": len(self.dataset)}  # type: ignore[arg-type]
 
     def load_state_dict(self, state: dict[str, int]) -> None:
         order = self.sampler
         if state and isinstance(order, Order):
-            before, now = state.get("images"), order.batch_size * order.num_replicas
-            if before not in (None, now):
-                text = f"batches of {now} images (of all processes) where the checkpoint's run had {before}"
+            now = self.state_dict()
+            for key, what in (("images", "images in a batch (of all processes)"), ("samples", "samples in the data")):
+                before = state.get(key, now[key])
+                if before == now[key]:
+                    continue
+                text = f"{now[key]} {what} where the checkpoint's run had {before}"
                 if state["batches"] < state["of"]:
                     raise DataError(
-                        f"{text}, amid an epoch: its place in the data is not known. Go on as before (data.batch_size, "
-                        f"the number of processes), or begin from its weights (--model.init_from)"
+                        f"{text}, amid an epoch: its place in the data is not known. Go on as before (the same data, "
+                        f"data.batch_size, number of processes), or begin from its weights (--model.init_from)"
                     )
                 rank_zero_warn(f"goes on with {text}")
             order.seed, order.begun = state["seed"], (state["epoch"], state["batches"])
@@ -94,7 +100,12 @@ def killed(error: RuntimeError) -> DataError:
 
 
 def begin_worker(number: int) -> None:
-    """In a new worker: asked by a signal, it says on stderr where it is; what it was given stays in shared memory."""
+    """In a new worker: asked by a signal, it says on stderr where it is; what it was given stays in shared memory.
+
+    Schedulers and terminals tell all processes of a run to end, but the run wants this one until its step is done.
+    """
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, lambda *_: signal.signal(signal.SIGTERM, signal.SIG_DFL))  # told twice, it ends
     gc.freeze()  # or looking for garbage would copy it page by page
     if hasattr(faulthandler, "register"):
         faulthandler.register(signal.SIGUSR2, file=2, all_threads=False)

@@ -7,7 +7,6 @@ import os
 import pkgutil
 import signal
 import sys
-import tempfile
 import warnings
 from argparse import SUPPRESS
 from dataclasses import replace
@@ -37,11 +36,13 @@ from tasks.endings import REFUSALS, discard, message, told
 from tasks.export import main as export
 from tasks.export import run_by, settings
 from tasks.guards import Finite
+from tasks.machine import check_writable, fast_bf16
 from tasks.resume import (
     COMMAND,
     ROWS,
     Last,
     WholeCheckpoints,
+    another,
     find_checkpoint,
     find_runs,
     read_checkpoint,
@@ -51,14 +52,22 @@ from tasks.resume import (
 
 
 class SaveConfig(SaveConfigCallback):
-    """Beside `config.yaml` in the run's folder, the whole configuration goes to every logger that keeps any."""
+    """Beside `config.yaml` in the run's folder, the whole configuration goes to every logger that keeps any. Of a run
+    that goes on, nothing is touched before the checkpoint and the data have been accepted."""
+
+    def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
+        if CLI.folder is not None:
+            super().setup(trainer, pl_module, stage)
+
+    def on_train_epoch_start(self, trainer: Any, pl_module: Any) -> None:
+        super().setup(trainer, pl_module, "fit")
 
     def save_config(self, trainer: Any, pl_module: Any, stage: str) -> None:
         for logger in trainer.loggers:
             if not isinstance(logger, CSVLogger):  # config.yaml lies there already
                 logger.log_hyperparams(yaml.safe_load(self.parser.dump(self.config, skip_none=False)))
-            elif stage == "fit":  # by this process alone: to ask the trainer for the folder would ask all of them
-                (Path(logger.log_dir) / COMMAND).write_text(same_run(sys.argv[1:]))
+            elif stage == "fit" and CLI.folder is not None:  # the processes are not to be asked for it again
+                (CLI.folder / COMMAND).write_text(same_run(sys.argv[1:]))
 
 
 class CLI(LightningCLI):
@@ -124,9 +133,7 @@ class CLI(LightningCLI):
             which = "last" if any(find_runs(root, "last", command)) else None
             config.ckpt_path = which
             if which is None and (newest := find_runs(root, "last")):
-                rank_zero_info(
-                    f"{newest[-1].parents[1]} is of another command: a new run (--ckpt_path last goes on there)"
-                )
+                rank_zero_info(another(newest[-1].parents[1], command))
         if which in ("last", "best"):
             found = find_checkpoint(root, which, command)
             config.ckpt_path = str(found)
@@ -269,23 +276,6 @@ class CLI(LightningCLI):
             plugins.append(SLURMEnvironment(auto_requeue=False))
         config["plugins"] = plugins
         return super().instantiate_trainer(**kwargs)
-
-
-def fast_bf16() -> bool:
-    """Whether bf16 pays here: on every current GPU and on CPUs made for it. Never fp16: HRNets give NaN in it."""
-    return torch.cuda.is_available() or getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)()
-
-
-def check_writable(folder: Path) -> None:
-    """Raise an `OSError` that names the folder, before any time is spent, if it cannot be written to."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder):
-            pass
-    except OSError as error:
-        raise OSError(
-            f"{folder}: cannot write there ({error.strerror}); choose another --trainer.default_root_dir"
-        ) from None
 
 
 def network(backbone: Any) -> Any:

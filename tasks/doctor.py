@@ -21,7 +21,8 @@ import torch
 
 from datamodules.loader import SHARED
 from hrnet.checkpoints import WeightsError
-from tasks.cli import check_writable, main
+from tasks.cli import main
+from tasks.machine import check_writable
 from tasks.pose import Pose
 
 TINY = "--model.backbone={width: 8, modules: [1, 1, 1], blocks: 1, stem: [1, 16]}"

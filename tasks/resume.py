@@ -62,6 +62,10 @@ class Last(ModelCheckpoint):
         # A schedule as long as the run asks for the loaders before the checkpoint is read; Lightning then forgets to
         # tell them their place in the epoch.
         trainer.fit_loop._load_combined_loader_states()
+        for callback in trainer.early_stopping_callbacks:
+            if callback.stopped_epoch or callback.wait_count >= callback.patience:
+                rank_zero_info("EarlyStopping has ended this run: it is not trained on")
+                trainer.should_stop = True
         if trainer.world_size > 1:
             # Lightning's handler broadcasts within the signal, amid whatever the processes are at, which can stop them
             # for ever; and its question of every step makes GPUs wait.
@@ -158,16 +162,28 @@ class WholeCheckpoints(TorchCheckpointIO):
             ) from None
 
 
+OWN = ("trainer.", "last.", "ckpt_path", "data.workers", "data.timeout", "data.skip")
+"""Options that may differ from one part of a run to the next."""
+
+
 def same_run(args: list[str]) -> str:
-    """What of a command tells one run from another, a line an argument: neither the trainer's nor how it is kept."""
-    kept, given = [], iter(args)
-    for arg in given:
-        if arg.startswith(("--trainer.", "--last.", "--ckpt_path")):
-            if "=" not in arg:
-                next(given, None)  # its value
-        else:
-            kept.append(arg)
-    return "\n".join(kept)
+    """What of a command tells one run from another, an option a line, however they were ordered and written."""
+    options: list[str] = []
+    for arg in args:
+        if arg.startswith("-") and not arg.lstrip("-")[:1].isdigit():
+            options.append(arg.lstrip("-"))
+        elif options:  # the value of the option before
+            options[-1] += f"={arg}"
+    return "\n".join(sorted(option for option in options if not option.startswith(OWN)))
+
+
+def another(run: Path, command: str) -> str:
+    """That a run is of another command than this one, and where they differ."""
+    there, here = set((run / COMMAND).read_text().splitlines()), set(command.splitlines())
+    parts = [f"{', '.join(sorted(a - b)) or 'nothing more'}" for a, b in ((there, here), (here, there))]
+    return (
+        f"{run} is of another command (there {parts[0]}; here {parts[1]}): a new run (--ckpt_path last goes on there)"
+    )
 
 
 def find_runs(root: Path, which: str, command: str | None = None) -> list[Path]:
@@ -199,7 +215,12 @@ def find_checkpoint(root: Path, which: str, command: str | None = None) -> Path:
         other = path.with_name("best.ckpt")
         if which == "best" or not other.is_file():
             raise
-        rank_zero_warn(f"{error}; goes on from {other} instead")
+        try:
+            read_checkpoint(other)
+        except WeightsError:
+            folder = path.parents[1]
+            raise WeightsError(f"{error} Nor is {other}. Move {folder} away to begin anew") from None
+        rank_zero_warn(f"{error} Goes on from {other} instead")
         return other
     return path
 
@@ -216,6 +237,8 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
         raise
     except Exception as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0]
+        if not path.stat().st_size:
+            raise WeightsError(f"{path}: the file is empty") from None
         if "TorchScript" in reason:
             raise WeightsError(f"{path}: an exported TorchScript; `predict` runs exported .onnx files") from None
         if "weights only" in reason.lower().replace("_", " "):

@@ -1,6 +1,7 @@
 """Samples that cannot be read, and loader workers that die or hang."""
 
 import gc
+import multiprocessing
 import os
 import shutil
 import signal
@@ -11,7 +12,7 @@ from torch.utils.data import Dataset
 
 from datamodules.base import DataModule
 from datamodules.broken import Skipping, read
-from datamodules.loader import Loader
+from datamodules.loader import Loader, begin_worker
 from datamodules.transforms import DataError
 from tasks.endings import told
 from tasks.segmentation import Segmentation
@@ -95,6 +96,24 @@ def test_stopped_worker_is_not_waited_for():
         loaded(Numbers(8, _0="stops"), workers=1, timeout=2)
     gc.collect()
     assert time.monotonic() - began < 30
+
+
+def test_worker_that_is_told_to_end_goes_on_once():
+    """Schedulers tell every process of a run."""
+
+    def work():
+        begin_worker(0)
+        for sign in (signal.SIGINT, signal.SIGTERM):
+            os.kill(os.getpid(), sign)
+        os.write(pipe[1], b"goes on")
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    pipe = os.pipe()
+    process = multiprocessing.get_context("fork").Process(target=work)
+    process.start()
+    process.join(30)
+    assert os.read(pipe[0], 20) == b"goes on"
+    assert process.exitcode == -signal.SIGTERM
 
 
 def test_worker_killed_while_the_process_does_something_else():

@@ -269,6 +269,24 @@ def test_sigterm_to_any_process_ends_all_after_one_step(ranks, uneven, tmp_path)
 
 
 @pytest.mark.distributed
+def test_sigterm_to_all_that_a_run_consists_of_ends_it_after_one_step(uneven, tmp_path):
+    """As schedulers send it: to loader workers, too."""
+    given = [*uneven, *TASKS[Pose], "--data.train=40", "--data.workers=2", "--trainer.max_epochs=500"]
+    process, deadline = start(tmp_path, Pose, "fit", *given), time.monotonic() + 120
+    try:
+        rows = tmp_path / "runs/pose/version_0/checkpoints/last.ckpt"
+        while not rows.is_file() and process.poll() is None and time.monotonic() < deadline:
+            time.sleep(0.05)
+        time.sleep(1)
+        os.killpg(process.pid, signal.SIGTERM)
+        assert process.wait(60) == 143, (tmp_path / "log").read_text()[-3000:]
+        assert not others(process.pid)
+    finally:
+        end(process)
+    assert "Traceback" not in (tmp_path / "log").read_text()
+
+
+@pytest.mark.distributed
 @pytest.mark.parametrize("rank", [0, 1])
 def test_dead_process_ends_the_run_which_goes_on(rank, uneven, tmp_path):
     given = ["fit", *uneven, *TASKS[Pose], *TWO, "--trainer.max_epochs=40", "--ckpt_path=auto"]

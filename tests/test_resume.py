@@ -15,7 +15,7 @@ from tasks.arguments import CONFIGS
 from tasks.classification import Classification
 from tasks.detection import Detection
 from tasks.pose import Pose
-from tasks.resume import WholeCheckpoints, find_checkpoint, read_checkpoint, rows_of
+from tasks.resume import WholeCheckpoints, find_checkpoint, read_checkpoint, rows_of, same_run
 from tasks.segmentation import Segmentation
 
 TINY = "--model.backbone={width: 8, modules: [1, 1, 1], blocks: 1, stem: [1, 16]}"
@@ -172,10 +172,50 @@ def test_what_ends_amid_an_epoch_goes_on_there(end, whole, cli, options, tmp_pat
     assert {k for k in PARTS if not same(a[k], b[k])} == set()
 
 
-def test_another_batch_size_amid_an_epoch_is_refused(cli, options, tmp_path):
-    cli(tmp_path, "fit", *options, *OWN[Pose], "--trainer.max_steps=3")
-    with pytest.raises(SystemExit, match=r"batches of 3 images .* had 4, amid an epoch"):
-        cli(tmp_path, "fit", *options, *OWN[Pose], "--ckpt_path=last", "--data.batch_size=3")
+@pytest.mark.parametrize(
+    ("other", "said"),
+    [
+        ("--data.batch_size=3", "3 images in a batch .* had 4, amid an epoch"),
+        ("--data.train=9", r"\d+ samples in the data .* had \d+, amid an epoch"),
+    ],
+)
+def test_other_data_amid_an_epoch_are_refused_and_the_run_is_left_as_it_was(other, said, cli, options, tmp_path):
+    given = [*options, *OWN[Pose], "--trainer.max_steps=2"]
+    first = cli(tmp_path, "fit", *given)
+    notes = [(first.folder / name).read_text() for name in ("config.yaml", "command.txt")]
+    with pytest.raises(SystemExit, match=said):
+        cli(tmp_path, "fit", *given, "--trainer.max_steps=4", "--ckpt_path=last", other)
+    assert notes == [(first.folder / name).read_text() for name in ("config.yaml", "command.txt")]
+
+
+def test_a_run_that_early_stopping_has_ended_is_not_trained_on(cli, options, tmp_path):
+    path = tmp_path / "early.yaml"
+    path.write_text(
+        "trainer: {callbacks+: [{class_path: lightning.pytorch.callbacks.EarlyStopping, "
+        "init_args: {monitor: val/loss, mode: max, patience: 1}}]}"
+    )
+    given = [*options, "-c", path, *OWN[Pose], "--trainer.max_epochs=9", "--trainer.limit_train_batches=1"]
+    first = cli(tmp_path, "fit", *given)
+    assert first.trainer.current_epoch < 9
+    again = cli(tmp_path, "fit", *given)
+    assert again.folder == first.folder
+    assert again.trainer.global_step == first.trainer.global_step
+
+
+def test_one_run_however_its_command_is_written():
+    one = ["fit", "-c", "a.yaml", "--data.batch_size=4", "--data.skip", "0.1", "--model.sigma", "-2"]
+    two = [
+        "fit",
+        "--model.sigma=-2",
+        "--data.workers=3",
+        "--data.batch_size",
+        "4",
+        "-c",
+        "a.yaml",
+        "--trainer.devices=2",
+    ]
+    assert same_run(one) == same_run(two)
+    assert same_run(one) != same_run([*two, "--model.sigma=3"])
 
 
 def test_checkpoints_with_code_do_not_run_it(tmp_path):
@@ -244,6 +284,9 @@ def test_torn_last_is_replaced_by_best(whole, tmp_path, recwarn):
     (folder / "last.ckpt").write_bytes(content[: len(content) // 2])
     assert find_checkpoint(tmp_path, "last") == folder / "best.ckpt"
     assert "cut off" in str(recwarn[-1].message)
+    (folder / "best.ckpt").write_bytes(b"")
+    with pytest.raises(WeightsError, match=r"Nor is .*best.ckpt. Move .*version_0 away to begin anew"):
+        find_checkpoint(tmp_path, "last")
 
 
 @pytest.mark.parametrize("number", [errno.ENOSPC, errno.EIO])
