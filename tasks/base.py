@@ -258,9 +258,12 @@ class Task(L.LightningModule):
             k for k in state if k not in own
         ]
         if alien:
+            remedy = "give the configuration it was trained with, or start from it by init_from"
+            if any(k.startswith("tasks.") for k in alien):
+                remedy = "of a joint run, python -m tasks.joint split makes one checkpoint a task"
             raise WeightsError(
                 f"the checkpoint is of another model than this one: {len(alien)} of {len(own)} tensors differ "
-                f"({grouped(alien)}); give the configuration it was trained with, or start from it by init_from"
+                f"({grouped(alien)}); {remedy}"
             )
         self.origin = checkpoint.get("origin")
         if "loops" in checkpoint:
