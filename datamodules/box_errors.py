@@ -1,4 +1,4 @@
-"""What is wrong with boxes, and what it costs, after TIDE (arXiv 2008.08115)."""
+"""What is wrong with boxes or masks, and what it costs, after TIDE (arXiv 2008.08115)."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -6,6 +6,7 @@ from typing import Any
 import numpy as np
 from pycocotools import mask as rle
 
+from datamodules.box_ap import encoded
 from datamodules.boxes import Boxed
 from datamodules.calibration import Reliability
 from datamodules.coco_eval import interpolated
@@ -17,10 +18,22 @@ FOREGROUND, BACKGROUND = 0.5, 0.1
 """IoU from which on a box is of an object, and up to which it is of none."""
 
 
+def overlap(shapes: Any, truth: Boxed) -> Array:
+    """IoU `[D, G]` of boxes x0, y0, x1, y1 `[D, 4]`, or of a list of D masks (RLE), with an image's objects; of crowds
+    the share that lies in them."""
+    if not len(shapes) or not len(truth.labels):
+        return np.zeros((len(shapes), len(truth.labels)))
+    if isinstance(shapes, list):
+        things: Any = [encoded(each, *shapes[0]["size"]) for each in truth.segmentations]
+    else:
+        shapes, things = (np.c_[b[:, :2], b[:, 2:] - b[:, :2]].astype(np.float64) for b in (shapes, truth.boxes))
+    return np.asarray(rle.iou(shapes, things, truth.crowd.astype(np.uint8)))
+
+
 def box_errors(
-    boxes: Array, labels: Array, scores: Array, true_boxes: Array, true_labels: Array, crowd: Array
+    iou: Array, labels: Array, scores: Array, true_labels: Array, crowd: Array
 ) -> tuple[Array, Array, Array]:
-    """Kinds of the D boxes found in an image of G objects.
+    """Kinds of the D boxes (or masks) found in an image of G objects.
 
     Boxes are matched as COCO does at IoU 0.5. What is left over lies on an object of its class by IoU 0.1 to 0.5
     (localisation), else on one of another class by 0.5 (classification), else by 0.5 on one of its class that a surer
@@ -28,23 +41,21 @@ def box_errors(
     in the authors' code. What lies in a crowd of its class is ignored.
 
     Args:
-        boxes: `[D, 4]` x0, y0, x1, y1. labels, scores: `[D]`. true_boxes, true_labels, crowd: of the objects.
+        iou: `[D, G]`, see `overlap`. labels, scores: `[D]`. true_labels, crowd: of the objects.
 
     Returns:
         places in `KINDS` `[D]`; the object `[D]` that is found, or would be if a classification or localisation error
         were mended, else -1; objects `[G]` that no box found and none such could find, bool: missed.
     """
-    kind, thing = np.full(len(boxes), KINDS.index("background")), np.full(len(boxes), -1)
+    kind, thing = np.full(len(labels), KINDS.index("background")), np.full(len(labels), -1)
     missed = ~crowd
-    if not len(boxes) or not len(true_boxes):
+    if not iou.size:
         return kind, thing, missed
-    sizes = [np.c_[b[:, :2], b[:, 2:] - b[:, :2]].astype(np.float64) for b in (boxes, true_boxes)]
-    iou = np.asarray(rle.iou(*sizes, crowd.astype(np.uint8)))
     same = labels[:, None] == true_labels
     plain = np.where(crowd, 0, iou)
     ours, others = np.where(same, plain, 0), np.where(same, 0, plain)
     crowded = np.where(same & crowd, iou, 0).max(1) >= FOREGROUND
-    used = np.zeros(len(true_boxes), bool)
+    used = np.zeros(len(crowd), bool)
     order = np.argsort(-scores, kind="stable")
     for d in order:
         free = np.where(used, 0, ours[d])
@@ -84,25 +95,25 @@ class BoxErrors:
         self.objects: list[Array] = []  # of every object: class, crowd, missed
         self.counts = np.zeros((len(class_names), len(KINDS) + 1), int)  # above the threshold; the last are missed
 
-    def add(self, number: int, boxes: Array, labels: Array, scores: Array) -> tuple[float, str]:
-        """Judge what was found in image `number`: boxes x0, y0, x1, y1 in its pixels `[N, 4]`, labels, scores `[N]`.
+    def add(self, number: int, shapes: Any, labels: Array, scores: Array) -> tuple[float, str]:
+        """Judge what was found in image `number`: boxes or masks as for `overlap`, in its pixels, labels, scores `[N]`.
 
         Returns:
             F1 of the boxes above the threshold at IoU 0.5 (1 if there is nothing and nothing was found), and what is
             wrong.
         """
         truth = self.instances[number]
-        known = truth.boxes, truth.labels, truth.crowd
+        iou, known = overlap(shapes, truth), (truth.labels, truth.crowd)
         order = np.argsort(-scores, kind="stable")
         counted = [d for c in np.unique(labels) for d in order[labels[order] == c][:100]]  # as many as COCO's AP counts
-        kind, thing, missed = box_errors(boxes[counted], labels[counted], scores[counted], *known)
+        kind, thing, missed = box_errors(iou[counted], labels[counted], scores[counted], *known)
         start = sum(map(len, self.objects))
         itself = np.where(thing >= 0, truth.labels[thing] if len(truth.labels) else 0, -1)
         columns = labels[counted], scores[counted], kind, itself, np.where(thing >= 0, thing + start, -1)
         self.found.append(np.stack([c.astype(np.float64) for c in columns], 1))
         self.objects.append(np.stack([truth.labels, truth.crowd, missed], 1).astype(int))
         sure = scores >= self.threshold
-        kind, _, missed = box_errors(boxes[sure], labels[sure], scores[sure], *known)
+        kind, _, missed = box_errors(iou[sure], labels[sure], scores[sure], *known)
         np.add.at(self.counts, (labels[sure], kind), 1)
         self.counts[:, -1] += np.bincount(truth.labels[missed], minlength=len(self.counts))
         right, ignored = (int((kind == KINDS.index(name)).sum()) for name in ("right", "ignored"))
@@ -137,7 +148,7 @@ class BoxErrors:
                 name: {"objects": int(n), "AP50": float(ap), **dict(zip(names, row, strict=True))}
                 for name, n, ap, row in zip(self.class_names, wanted, plain, self.counts.tolist(), strict=True)
             },
-            "calibration": {"box": reliability.numbers()},
+            "calibration": reliability.numbers(),
         }
 
 

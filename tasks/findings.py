@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import Tensor
 
-from datamodules.box_ap import on_images
+from datamodules.box_ap import masks_of, on_images
 from datamodules.box_errors import ERRORS, BoxErrors
 from datamodules.mask_errors import LabelErrors, MaskErrors
 from datamodules.metrics import KeypointAP
@@ -103,25 +103,33 @@ class PoseFindings:
 
 
 class BoxFindings:
-    """Errors of boxes after TIDE."""
+    """Errors of boxes after TIDE, and with a mask head those of masks; a picture's score is that of its boxes."""
 
     measure = "F1 at IoU 0.5"
 
     def __init__(self, task: Any, data: Any) -> None:
-        self.errors = BoxErrors(data.datasets["val"].instances, task.class_names)
+        kinds = ("boxes", "masks") if getattr(task.head, "masks", False) else ("boxes",)
+        self.errors = {kind: BoxErrors(data.datasets["val"].instances, task.class_names) for kind in kinds}
 
     def add(self, prediction: Any, batch: Any) -> Judged:
-        columns = on_images(prediction["boxes"], batch), prediction["labels"], prediction["scores"]
-        found = zip(*([part.float().cpu().numpy() for part in column] for column in columns), strict=True)
-        return [
-            self.errors.add(i, boxes, labels.astype(int), scores)
-            for i, (boxes, labels, scores) in zip(batch["id"].tolist(), found, strict=True)
-        ]
+        boxes = on_images(prediction["boxes"], batch)
+        columns = boxes, prediction["labels"], prediction["scores"]
+        shapes, labels, scores = ([part.float().cpu().numpy() for part in column] for column in columns)
+        labels = [part.astype(int) for part in labels]
+        numbers = batch["id"].tolist()
+        if "masks" in self.errors:
+            for row in zip(numbers, masks_of(prediction["masks"], boxes, batch), labels, scores, strict=True):
+                self.errors["masks"].add(*row)
+        return [self.errors["boxes"].add(*row) for row in zip(numbers, shapes, labels, scores, strict=True)]
 
     def numbers(self) -> dict[str, Any]:
-        return self.errors.numbers()
+        return {kind: errors.numbers() for kind, errors in self.errors.items()}
 
     def parts(self, numbers: dict[str, Any]) -> list[str]:
+        several = len(numbers) > 1
+        return [x for what, found in numbers.items() for x in self.told(what, found, f" of {what}" if several else "")]
+
+    def told(self, what: str, numbers: dict[str, Any], of: str) -> list[str]:
         counts, gains = numbers["counts"], numbers["AP50 gained"]
         most = max([*gains.values(), 1e-9])
         kinds = [
@@ -129,17 +137,18 @@ class BoxFindings:
             for k in ERRORS
         ]
         said = (
-            f"AP at IoU 0.5 is {numbers['AP50']:.4f}. Gains are of mending all errors of one kind, over all boxes, and "
-            f"do not add up; counts are of boxes with a score of {numbers['threshold']} or more: of these "
+            f"AP at IoU 0.5 is {numbers['AP50']:.4f}. Gains are of mending all errors of one kind, over all {what}, "
+            f"and do not add up; counts are of {what} with a score of {numbers['threshold']} or more: of these "
             f"{counts['right']:,} are right and {counts['ignored']:,} lie in crowds. Classification: IoU of 0.5 or "
             f"more with an object of another class; localisation: 0.1 to 0.5 with one of its class; both: 0.1 to 0.5 "
-            f"with one of another class; duplicate: the object has a surer box; background: no object at 0.1; missed: "
+            f"with one of another class; duplicate: the object has a surer one; background: no object at 0.1; missed: "
             f"an object that none of these covers (TIDE, 2008.08115)."
         )
         classes = [{"class": name, **row} for name, row in numbers["classes"].items()]
+        drawn = reliability(f"{what.capitalize()}, right at IoU 0.5", numbers["calibration"])
         return [
-            section("Errors", paragraph(said), table(kinds), "<h3>By class</h3>", table(classes)),
-            section("Calibration", reliability("Boxes, right at IoU 0.5", numbers["calibration"]["box"])),
+            section(f"Errors{of}", paragraph(said), table(kinds), "<h3>By class</h3>", table(classes)),
+            section(f"Calibration{of}", drawn),
         ]
 
 

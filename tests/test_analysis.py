@@ -94,6 +94,16 @@ def test_a_report_of_every_task(runs, cli, task):
     assert numbers["machine"]["parameters"] == sum(p.numel() for p in fitted.model.parameters())
 
 
+def test_masks_have_their_own_errors(cli, short, tmp_path):
+    masks = [*SPECIAL[Detection], "--data.masks=true", "--model.detector.masks=true"]
+    cli(tmp_path, "fit", *short, NETWORK, *masks, task=Detection)
+    run = cli(tmp_path, "analyse", "last", *QUIET, "--data.workers=0", task=Detection)
+    numbers, text = json.loads((run.folder / "report.json").read_text()), (run.folder / "report.html").read_text()
+    for what, name in (("boxes", "AP50"), ("masks", "mask_AP50")):
+        assert f"<h2>Errors of {what}</h2>" in text
+        assert numbers["findings"][what]["AP50"] == pytest.approx(numbers["metrics"][name], abs=1e-6)
+
+
 def test_data_and_evaluation_are_the_runs(runs):
     _, fitted, run = runs(Pose)
     assert run.trainer.datamodule.cache == fitted.trainer.datamodule.cache

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from datamodules import box_errors, pose_errors
-from datamodules.box_ap import BoxAP
+from datamodules.box_ap import BoxAP, encoded
 from datamodules.box_data import coco_of
 from datamodules.boxes import Boxed
 from datamodules.calibration import Reliability
@@ -152,9 +152,8 @@ CLASSES = np.array([0, 1, 1])
 def box_kinds(boxes, labels, scores=None, crowd=None):
     scores = np.linspace(0.9, 0.5, len(boxes)) if scores is None else np.array(scores)
     crowd = np.zeros(3, bool) if crowd is None else np.array(crowd)
-    found = box_errors.box_errors(
-        np.array(boxes, float).reshape(-1, 4), np.array(labels, int), scores, TRUE, CLASSES, crowd
-    )
+    iou = box_errors.overlap(np.array(boxes, float).reshape(-1, 4), Boxed("a", 0, 400, 400, TRUE, CLASSES, crowd))
+    found = box_errors.box_errors(iou, np.array(labels, int), scores, CLASSES, crowd)
     return [box_errors.KINDS[k] for k in found[0]], found[1].tolist(), found[2].tolist()
 
 
@@ -240,6 +239,22 @@ def test_box_counts_sum_up_and_ap_is_cocos(scene):
         assert numbers["AP50"] == pytest.approx(expected, abs=1e-6)
         assert max(numbers["AP50 gained"].values()) <= 1 - numbers["AP50"] + 1e-9
     json.dumps(numbers)
+
+
+@given(scenes())
+def test_rectangular_masks_have_the_errors_of_their_boxes(scene):
+    def polygons(boxes):
+        return [[[x0, y0, x1, y0, x1, y1, x0, y1]] for x0, y0, x1, y1 in boxes.tolist()]
+
+    boxes, masks = (box_errors.BoxErrors(scene[0], ["a", "b", "c"]) for _ in range(2))
+    for i, (found, labels, scores) in enumerate(scene[1]):
+        truth = scene[0][i]
+        truth.boxes[:] = truth.boxes.round()
+        truth.segmentations[:] = polygons(truth.boxes)
+        whole = found.astype(np.float64).round()
+        codes = [encoded(each, 200, 200) for each in polygons(whole)]
+        assert boxes.add(i, whole, labels, scores) == masks.add(i, codes, labels, scores)
+    np.testing.assert_equal(boxes.numbers(), masks.numbers())
 
 
 def boxes_of(errors, *found):
