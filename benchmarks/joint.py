@@ -1,7 +1,7 @@
 """One network for four tasks beside four networks, on the embedded scenes: the same samples, schedules and sizes.
 
 python benchmarks/joint.py                    # W18-small, 1000 steps
-python benchmarks/joint.py --quick            # half the residual units, fewer and smaller pictures, 250 steps
+python benchmarks/joint.py --quick            # half the residual units, a narrower box head, fewer and smaller pictures
 
 The joint run is `configs/joint/rendered.yaml`. Each single one is that file with its task alone (which is what the
 task's own command line does, bit for bit: `tests/test_joint.py`), with the optimiser of `configs/<task>/rendered.yaml`
@@ -43,6 +43,7 @@ def configured(names: list[str], args: argparse.Namespace) -> dict[str, Any]:
         data["parts"]["segmentation"]["init_args"] |= {"size": [96, 128], "batch_size": 6}
         data["parts"]["classification"]["init_args"] |= {"size": 96}
         data["parts"]["detection"]["init_args"] |= {"shorter": 192, "longer": 256}
+        model["tasks"]["detection"]["init_args"]["detector"]["init_args"]["width"] = 192
     for part in data["parts"].values():
         part["init_args"] |= {"workers": args.workers, "root": str(args.root), "val": args.val}
     model["tasks"] = {name: model["tasks"][name] for name in names}
@@ -82,20 +83,21 @@ def measured(title: str, names: list[str], args: argparse.Namespace) -> dict[str
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true")
-    parser.add_argument("--steps", type=int, help="of training, 4 divides them; 1000, or 250 with --quick")
+    parser.add_argument("--steps", type=int, default=1000, help="of training, 4 divides them")
     parser.add_argument("--joint", default="{}", help="settings of the joint run's model, as YAML: {statistics: own}")
     parser.add_argument("--only", nargs="*", help="these runs: joint, or names of tasks", default=["joint", *SHOWN])
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--val", type=int, default=200)
     parser.add_argument("--root", type=Path, default=Path("runs/data/rendered"))
     args = parser.parse_args()
-    args.steps = args.steps or (250 if args.quick else 1000)
     print(machine(), flush=True)
     torch.set_float32_matmul_precision("highest")
     single = {name: measured(name, [name], args) for name in SHOWN if name in args.only}
     if "joint" not in args.only:
         return
     joint = measured("joint", list(SHOWN), args)
+    if len(single) < len(SHOWN):
+        return
     print(f"\n{args.steps} steps\n\n| | single | joint | share |\n|---|---|---|---|")
     for name, found in single.items():
         for key in SHOWN[name]:
