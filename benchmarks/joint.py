@@ -51,7 +51,7 @@ def configured(names: list[str], args: argparse.Namespace) -> dict[str, Any]:
     if len(names) == 1:
         model["optimizer"] = yaml.safe_load((CONFIGS / names[0] / "rendered.yaml").read_text())["model"]["optimizer"]
         network["upsample"] = "bilinear" if names == ["segmentation"] else "nearest"
-        model["weights"] = {}
+        model["weights"], model["statistics"] = {}, "shared"
     else:
         model |= yaml.safe_load(args.joint)
     data["steps"] = args.steps // 4
