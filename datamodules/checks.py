@@ -283,8 +283,10 @@ class Files:
 
 def _check_image(report: Report, image: dict[str, Any], i: int, files: "Files", decode: bool) -> None:
     if not files.has(image["file_name"]):
-        fault = f"images that are not in {files.folder}: check the folder (train_images, val_images)"
-        report.add(fault, image["file_name"], image=i)
+        remedy = "check the folder (train_images, val_images) and `file_name`, which starts from it"
+        if "\\" in image["file_name"]:
+            remedy = "write `file_name` with / instead of \\"
+        report.add(f"images that are not in {files.folder}: {remedy}", image["file_name"], image=i)
     elif decode:
         try:
             height, width = read_image(files.folder / image["file_name"]).shape[:2]

@@ -250,5 +250,5 @@ def sigmas_of(names: Sequence[str]) -> list[float]:
     unknown = [name for name, s in zip(names, found, strict=True) if s is None]
     if unknown:
         shown = ", ".join(unknown[:6]) + (f" and {len(unknown) - 6} more" if len(unknown) > 6 else "")
-        rank_zero_info(f"OKS sigma 0.05 taken for {shown}; give `sigmas` for numbers to compare with others")
+        rank_zero_info(f"OKS sigma 0.05 taken for {shown}; give data.sigmas for numbers to compare with others")
     return [0.05 if s is None else s for s in found]

@@ -244,8 +244,10 @@ class Summary(Callback):
         lines = ["", f"trained for {trainer.current_epoch} epochs, {trainer.global_step} steps"]
         lines += numbers(trainer, "val/")
         if best is not None and best.best_model_score is not None:
-            which = "best"
+            which = "best" if best.best_model_score else "last"
             lines.append(f"best {best.monitor} {float(best.best_model_score):.4f}: {best.best_model_path}")
+            if not best.best_model_score:
+                lines.append(f"{best.monitor} was never above 0, so best.ckpt is that of the first validation")
         lines += [
             f"metrics:    {folder / 'metrics.csv'}",
             f"pictures:   {folder / 'pictures'}",

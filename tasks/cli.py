@@ -91,6 +91,11 @@ class CLI(LightningCLI):
         self.preparing = subcommand  # the links depend on it
         return super()._prepare_subcommand_parser(klass, subcommand, **kwargs)
 
+    def init_parser(self, **kwargs: Any) -> Any:
+        parser = super().init_parser(**{"prog": f"python -m {self.model_class.__module__}"} | kwargs)
+        parser.print_usage = lambda *args: None  # type: ignore[method-assign]  # sixty lines before the error
+        return parser
+
     def add_arguments_to_parser(self, parser: Any) -> None:
         ways: Any = Literal["no", "merged", "compiled", "parallel"]
         text = "merged layers (not to fit), torch.compile, or branches side by side on a GPU (merged ones always are)"

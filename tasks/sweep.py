@@ -13,6 +13,7 @@ import csv
 import hashlib
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -70,9 +71,8 @@ class Trial:
         if code in STOPPED:
             record["status"] = "stopped"
         elif code:
-            lines = [x for x in self.log.read_text(errors="replace").splitlines() if x.strip()]
-            said = next((x for x in reversed(lines) if "Error" in x), lines[-1] if lines else "it said nothing")
-            record |= {"status": "failed", "why": f"exit code {code}: {said.strip()}"}
+            said = fault_of(self.log.read_text(errors="replace"))
+            record |= {"status": "failed", "why": f"exit code {code}: {said}"}
         else:
             rows = newest_rows(self.folder)
             found = [float(row[metric]) for row in rows if row.get(metric)]
@@ -85,6 +85,12 @@ class Trial:
         part.write_text(json.dumps({"values": self.values, "command": self.command} | record, indent=1))
         part.replace(self.folder / "trial.json")
         return record
+
+
+def fault_of(log: str) -> str:
+    """The line of a log that says why its run failed, or its last one."""
+    lines = [line.strip() for line in log.splitlines() if line.strip()] or ["it said nothing"]
+    return next((x for x in reversed(lines) if re.search(r"Error: *\S|not accepted|error: .*[^:]$", x)), lines[-1])
 
 
 def newest(folder: Path, pattern: str) -> Path | None:

@@ -54,6 +54,7 @@ def refused(capfd, cli, *args):
     assert code not in (0, None)
     text = (code if isinstance(code, str) else "") + capfd.readouterr().err
     assert "Traceback" not in text
+    assert "usage:" not in text
     message = code if isinstance(code, str) else text[text.find("error:") :]
     assert len(message.strip().splitlines()) <= 12, message
     return message

@@ -186,6 +186,23 @@ score = float(args["seed_everything"]) + 10 * len(args["width"])
 """
 
 
+@pytest.mark.parametrize(
+    ("log", "said"),
+    [
+        ("step 1\nTraceback:\n  f()\nValueError: too wide\n\n", "ValueError: too wide"),
+        (
+            "error: Parser key \"data\":\n  Errors:\n    - Option 'lrr' is not accepted\n  Given value: 1",
+            "'lrr' is not",
+        ),
+        ("tip: --help\nerror: unrecognized arguments: --model.lrr=1\n", "unrecognized arguments: --model.lrr=1"),
+        ("Killed\n", "Killed"),
+        ("", "it said nothing"),
+    ],
+)
+def test_why_a_trial_failed(log, said):
+    assert said in runner.fault_of(log)
+
+
 @pytest.fixture
 def toy(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
