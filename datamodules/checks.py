@@ -1,7 +1,7 @@
 """Faults in annotations, found before the first step and told all at once, each with what it would have done."""
 
-import os
-from collections import defaultdict
+import re
+from collections import Counter, defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -10,7 +10,7 @@ from typing import Any, Literal
 import numpy as np
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 
-from datamodules.fields import ANNOTATION, IMAGE, LIMIT, mistyped
+from datamodules.fields import ANNOTATION, IMAGE, LIMIT, Files, mistyped
 from datamodules.keypoints import Keypoints
 from datamodules.transforms import DataError, read_image
 
@@ -259,33 +259,17 @@ def check_images(
         sizes[image["id"]], place[image["id"]] = (image["width"], image["height"]), i
         if used is None or image["id"] in used:
             _check_image(report, image, i, files, decode)
+    named = Counter(image["file_name"] for image in images if isinstance(image.get("file_name"), str))
+    if twice := [name for name, count in named.items() if count > 1]:
+        report.notes.append(f"{len(twice)} pictures are listed more than once, under other ids, such as {twice[0]}")
     return sizes
 
 
-class Files:
-    """Those below a folder, of which each folder is read once instead of asking for every file."""
-
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-        self.names: dict[str, set[str]] = {}
-
-    def has(self, name: str) -> bool:
-        folder, file = os.path.split(os.path.join(self.folder, name))
-        if folder not in self.names:
-            try:
-                with os.scandir(folder) as entries:
-                    self.names[folder] = {entry.name for entry in entries if entry.is_file()}
-            except OSError:
-                self.names[folder] = set()
-        # Where letters' case does not matter, or folders must not be listed, a file is there that is not listed.
-        return file in self.names[folder] or os.path.isfile(os.path.join(folder, file))
-
-
-def _check_image(report: Report, image: dict[str, Any], i: int, files: "Files", decode: bool) -> None:
+def _check_image(report: Report, image: dict[str, Any], i: int, files: Files, decode: bool) -> None:
     if not files.has(image["file_name"]):
-        remedy = "check the folder (train_images, val_images) and `file_name`, which starts from it"
-        if "\\" in image["file_name"]:
-            remedy = "write `file_name` with / instead of \\"
+        bare, remedy = re.split(r"[\\/]", image["file_name"])[-1], "check the folder (train_images, val_images)"
+        if bare != image["file_name"] and files.has(bare):
+            remedy = f"`file_name` starts from there; they are {bare} and so on"
         report.add(f"images that are not in {files.folder}: {remedy}", image["file_name"], image=i)
     elif decode:
         try:

@@ -234,11 +234,24 @@ class Predictions(Callback):
 class Summary(Callback):
     """Says at the end where everything lies and what to do with it."""
 
+    def __init__(self) -> None:
+        self.trained = False
+
+    def on_train_start(self, trainer: L.Trainer, task: Any) -> None:
+        self.trained = True
+
     def on_fit_end(self, trainer: L.Trainer, task: Any) -> None:
         checkpoints = [c for c in trainer.checkpoint_callbacks if isinstance(c, ModelCheckpoint)]
         best = next((c for c in checkpoints if c.monitor), None)
         folder = folder_of(trainer)
         if not trainer.is_global_zero or trainer.fast_dev_run or folder is None:  # type: ignore[attr-defined]
+            return
+        if not self.trained:
+            print(
+                f"\nnothing was left to train: the checkpoint is of epoch {trainer.current_epoch}, step "
+                f"{trainer.global_step}; a larger --trainer.max_epochs goes on",
+                flush=True,
+            )
             return
         which = "last"
         lines = ["", f"trained for {trainer.current_epoch} epochs, {trainer.global_step} steps"]

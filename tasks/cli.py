@@ -92,7 +92,8 @@ class CLI(LightningCLI):
         return super()._prepare_subcommand_parser(klass, subcommand, **kwargs)
 
     def init_parser(self, **kwargs: Any) -> Any:
-        parser = super().init_parser(**{"prog": f"python -m {self.model_class.__module__}"} | kwargs)
+        ours = {"prog": f"python -m {self.model_class.__module__}", "allow_abbrev": False}  # a slip is no abbreviation
+        parser = super().init_parser(**ours | kwargs)
         parser.print_usage = lambda *args: None  # type: ignore[method-assign]  # sixty lines before the error
         return parser
 

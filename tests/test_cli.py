@@ -60,6 +60,11 @@ def refused(capfd, cli, *args):
     return message
 
 
+def test_no_option_is_abbreviated(cli, small, tmp_path, capfd):
+    """`sigm` would be taken for `sigma`, and a sweep would have a column of that name."""
+    assert "sigm" in refused(capfd, cli, tmp_path, "fit", *small, "--model.codec.sigm=1")
+
+
 # What a run leaves behind
 
 
@@ -79,10 +84,19 @@ def test_fit_leaves_everything_it_promises(fitted):
 
 def test_fit_says_where_everything_lies(fitted):
     text = fitted.printed
-    for words in ("2 steps", "val/score", "best.ckpt", "metrics.csv", "pictures", "predict --ckpt_path best"):
+    for words in ("2 steps", "val/score", "best.ckpt", "metrics.csv", "pictures"):
         assert words in text
+    learned = fitted.numbers["val/score"] > 0
+    assert f"predict --ckpt_path {'best' if learned else 'last'}" in text  # at 0 the first validation is the best
+    assert ("never above 0" in text) is not learned
     for path in re.findall(r"\S+/(?:best\.ckpt|metrics\.csv|pictures)", text):
         assert (fitted.folder.parents[2] / path).exists()
+
+
+def test_a_finished_run_says_that_nothing_is_left_to_train(fitted, cli, tmp_path):
+    again = cli(tmp_path, "fit", "-c", fitted.folder / "config.yaml", f"--ckpt_path={checkpoint(fitted, 'last')}")
+    assert "nothing was left to train" in again.printed
+    assert "try it" not in again.printed
 
 
 def test_score_is_the_first_number_of_the_data(fitted):

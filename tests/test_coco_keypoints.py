@@ -211,11 +211,8 @@ FAULTS = {
     "keypoints normalised": (every(normalise), "between 0 and 1: they must be pixels", "own.json"),
     "boxes of others": (shift_boxes, "outside their own box: wrong box format or ids that do not match", "own.json"),
     "image not there": (set_in("images", 1, file_name="gone.png"), "check the folder (train_images", "gone.png"),
-    "image from Windows": (
-        set_in("images", 1, file_name="sub\\gone.png"),
-        "write `file_name` with / instead of",
-        "gone.png",
-    ),
+    "image from Windows": (set_in("images", 1, file_name="sub\\2.png"), "they are 2.png", "sub\\2.png"),
+    "image in a folder too many": (set_in("images", 1, file_name="sub/2.png"), "they are 2.png", "sub/2.png"),
     "image id twice": (set_in("images", 3, id=3), "image ids used twice", "image 3"),
     "image without size": (without("images", 3, "width"), "image records without width", "images[3]"),
     "image without name": (without("images", 3, "file_name"), "image records without file_name", "images[3]"),
