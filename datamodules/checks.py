@@ -269,7 +269,7 @@ def _check_image(report: Report, image: dict[str, Any], i: int, files: Files, de
     if not files.has(image["file_name"]):
         bare, remedy = re.split(r"[\\/]", image["file_name"])[-1], "check the folder (train_images, val_images)"
         if bare != image["file_name"] and files.has(bare):
-            remedy = f"`file_name` starts from there; they are {bare} and so on"
+            remedy = "they are there without what `file_name` has before the last / or \\, so leave that out"
         report.add(f"images that are not in {files.folder}: {remedy}", image["file_name"], image=i)
     elif decode:
         try:
