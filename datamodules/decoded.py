@@ -106,7 +106,8 @@ def load(place: str, stamp: tuple[int, int], rows: int | None = None) -> Array |
             if len(head) < HEADER.size or HEADER.unpack(head)[:2] != stamp:
                 return None
             height, width, channels = HEADER.unpack(head)[2:]
-            if os.fstat(file.fileno()).st_size != HEADER.size + height * width * (channels or 1):
+            whole = HEADER.size + height * width * (channels or 1)
+            if min(height, width, channels) < 0 or os.fstat(file.fileno()).st_size != whole:
                 return None  # a crash of the machine
             rows = height if rows is None else min(max(rows, 1), height)
             image = np.empty((rows, width, channels) if channels else (rows, width), np.uint8)

@@ -216,6 +216,8 @@ class KeypointData(DataModule):
         **kwargs: Any,
     ) -> None:
         super().__init__(**kwargs)
+        if min(size) < 1:
+            raise ValueError(f"size is height and width of the crops in pixels, at least 1 each, got {list(size)}")
         self.facts = facts
         self.num_keypoints = len(facts.names)
         self.keypoint_names = facts.names

@@ -120,7 +120,7 @@ def read_xml(path: Path) -> dict[str, Any]:
         size = [int(float(tree.findtext(f"size/{side}") or 0)) for side in ("width", "height")]
     except (ET.ParseError, ValueError, OSError) as error:
         raise DataError(f"{path}: not a VOC annotation ({error})") from None
-    if any(name == "None" for name, *_ in objects):
+    if any(name in ("", "None") for name, *_ in objects):
         raise DataError(f"{path}: an object without a name")
     return {"filename": tree.findtext("filename") or "", "size": size, "objects": objects}
 
