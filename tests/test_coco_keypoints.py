@@ -17,6 +17,7 @@ from datamodules.coco_file import SIGMAS, CocoFile, pairs_of, sigmas_of
 from datamodules.coco_keypoints import CocoKeypoints, main
 from datamodules.drawing import draw_keypoints
 from datamodules.metrics import KeypointAP, KeypointError
+from datamodules.rendered import Rendered
 from datamodules.transforms import DataError, PoseAugmentation, apply
 
 NAMES = ["nose", "left_eye", "right_eye", "left_hip", "right_hip"]
@@ -918,3 +919,9 @@ def refused(make, content, said, **settings):
         use()
     assert "val.json" in str(error.value)
     assert re.search(said, str(error.value)), str(error.value)
+
+
+@pytest.mark.parametrize("size", [(0, 64), (64, 0), (-1, 64)])
+def test_a_crop_has_a_size(size):
+    with pytest.raises(ValueError, match="height and width of the crops"):
+        Rendered("nowhere", size=size)
