@@ -102,7 +102,7 @@ def main() -> None:
     for name, found in single.items():
         for key in SHOWN[name]:
             a, b = (r["numbers"][f"val/{name}/{key}"] for r in (found, joint))
-            print(f"| {name} {key} | {a:.3f} | {b:.3f} | {b / a if a else float('nan'):.0%} |")
+            print(f"| {name} {key} | {a:.3f} | {b:.3f} | {b / a if a else float('nan'):.1%} |")
     size, minutes = (sum(r[k] for r in single.values()) for k in ("parameters", "seconds"))
     print(f"| parameters | {size:,} | {joint['parameters']:,} | {joint['parameters'] / size:.0%} |")
     print(f"| minutes | {minutes / 60:.1f} | {joint['seconds'] / 60:.1f} | {joint['seconds'] / minutes:.0%} |")

@@ -10,7 +10,8 @@ from typing import Any, Literal
 import numpy as np
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 
-from datamodules.fields import ANNOTATION, IMAGE, LIMIT, Files, mistyped
+from datamodules.fields import ANNOTATION, IMAGE, LIMIT, mistyped
+from datamodules.files import Files
 from datamodules.keypoints import Keypoints
 from datamodules.transforms import DataError, read_image
 
@@ -261,7 +262,7 @@ def check_images(
             _check_image(report, image, i, files, decode)
     named = Counter(image["file_name"] for image in images if isinstance(image.get("file_name"), str))
     if twice := [name for name, count in named.items() if count > 1]:
-        report.notes.append(f"{len(twice)} pictures are listed more than once, under other ids, such as {twice[0]}")
+        report.notes.append(f"{len(twice)} pictures are listed more than once, such as {twice[0]}")
     return sizes
 
 

@@ -257,10 +257,13 @@ class Summary(Callback):
         lines = ["", f"trained for {trainer.current_epoch} epochs, {trainer.global_step} steps"]
         lines += numbers(trainer, "val/")
         if best is not None and best.best_model_score is not None:
-            which = "best" if best.best_model_score else "last"
+            nothing = best.mode == "max" and float(best.best_model_score) == 0  # the first of equals is kept
+            which = "last" if nothing else "best"
             lines.append(f"best {best.monitor} {float(best.best_model_score):.4f}: {best.best_model_path}")
-            if not best.best_model_score:
-                lines.append(f"{best.monitor} was never above 0, so best.ckpt is that of the first validation")
+            if nothing:
+                lines.append(
+                    f"{best.monitor} was never above 0: best.ckpt is of the first validation, last.ckpt of the last"
+                )
         lines += [
             f"metrics:    {folder / 'metrics.csv'}",
             f"pictures:   {folder / 'pictures'}",
