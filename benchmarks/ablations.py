@@ -1,12 +1,13 @@
 """The paper's ablations on the embedded data, beside its numbers: does each switch move the metric its way?
 
-make ablations        (62 trials took 90 minutes on two slow, busy cores; stopped, it goes on where it was)
+make ablations        (44 runs, BLANK minutes on two slow cores; stopped, it goes on where it was)
 
 Every one is a sweep of configs/sweeps, to be run on COCO and Cityscapes as well; each has its table and plot in
 runs/sweeps/NAME. All of them end in runs/sweeps/ablations.md and .png.
 """
 
 import argparse
+import json
 import math
 import os
 import subprocess
@@ -18,7 +19,7 @@ from typing import Any, NamedTuple
 import torch
 
 from tasks.search import read_sweep
-from tasks.sweep import setting, sweep
+from tasks.sweep import planned, setting, sweep
 from tasks.sweep_table import SEED, groups, mean_and_spread, shortened
 
 
@@ -26,29 +27,31 @@ class Ablation(NamedTuple):
     """What a sweep of configs/sweeps stands for.
 
     title: with the metric's published counterpart. paper: of each of the sweep's values in order, the setting there and
-    its number, or None. source: of these.
+    its number, or None. source: of these. brief: which of the values is `configs/pose/brief.yaml` as it stands, if any.
     """
 
     sweep: str
     title: str
     paper: list[tuple[str, float] | None]
     source: str
+    brief: int | None = None
 
 
 HRNET, HRNETV2 = "arXiv 1908.07919", "arXiv 1904.04514, as cited by others"
 ABLATIONS = [
-    Ablation("fusion", "exchanges, pose", [("1 in all", 70.8), ("3", 71.9), ("8", 73.4)], f"{HRNET}, table 12"),
+    Ablation("fusion", "exchanges, pose", [("1 in all", 70.8), ("3", 71.9), ("8", 73.4)], f"{HRNET}, table 12", 2),
     Ablation(
         "resolution",
         "stride of the heatmaps",
         [("stride 16", 55.0), ("8", 68.9), ("4", 74.4)],
         f"{HRNET}, resolution ablation",
+        2,
     ),
-    Ablation("representation_pose", "V1, V2: pose", [("V1-W32", 73.4), ("V2-W32", 73.6)], HRNET),
+    Ablation("representation_pose", "V1, V2: pose", [("V1-W32", 73.4), ("V2-W32", 73.6)], HRNET, 0),
     Ablation("representation_segmentation", "V1, V2: segmentation", [("V1-W48", 80.6), ("V2-W48", 81.1)], HRNETV2),
     Ablation("representation_detection", "V1p, V2p: detection", [("V1p-W32", 37.4), ("V2p-W32", 39.4)], HRNETV2),
-    Ablation("width", "width, pose", [("W32", 74.4), None, ("W48", 75.1)], f"{HRNET}, table 1"),
-    Ablation("input_size", "input size, pose", [("256x192", 74.4), None, ("384x288", 75.8)], f"{HRNET}, table 1"),
+    Ablation("width", "width, pose", [("W32", 74.4), None, ("W48", 75.1)], f"{HRNET}, table 1", 1),
+    Ablation("input_size", "input size, pose", [("256x192", 74.4), None, ("384x288", 75.8)], f"{HRNET}, table 1", 1),
     Ablation("pretraining", "pretraining, pose", [("none", 73.4), ("ImageNet", 74.4)], f"{HRNET}, table 1"),
     Ablation("resnet", "network at like cost, pose", [("ResNet-50", 70.4), ("W32", 74.4)], f"{HRNET}, table 1"),
 ]
@@ -58,6 +61,28 @@ def pretrain(more: list[str]) -> None:
     """Classification of the embedded scenes, from which `configs/sweeps/pretraining.yaml` starts."""
     place = ["--trainer.default_root_dir=runs/pretraining", "--ckpt_path=auto"]
     subprocess.run([sys.executable, "-m", "tasks.classification", "fit", *place, *more], check=True)
+
+
+def share(ablation: Ablation, root: str, settings: dict[str, Any], runs: dict[Any, dict[str, Any]]) -> None:
+    """Note the runs of the brief recipe for its place in this sweep, too.
+
+    Args:
+        runs: `rows_of` trials by their seed.
+    """
+    found = read_sweep(Path(f"configs/sweeps/{ablation.sweep}.yaml"), settings)
+    for trial in planned(found, None, 0, [], Path(root) / "sweeps" / ablation.sweep):
+        row = runs.get(trial.values[SEED])
+        if is_brief(ablation, trial.values) and row and trial.record["status"] != "ended":
+            trial.folder.mkdir(parents=True, exist_ok=True)
+            (trial.folder / "trial.json").write_text(json.dumps(row | {"values": trial.values}, indent=1))
+
+
+def is_brief(ablation: Ablation, values: dict[str, Any]) -> bool:
+    """Whether a trial of an ablation is the brief recipe as it stands."""
+    parameters = read_sweep(Path(f"configs/sweeps/{ablation.sweep}.yaml")).parameters
+    return ablation.brief is not None and all(
+        values[name] == spec["values"][ablation.brief] for name, spec in parameters.items() if name != SEED
+    )
 
 
 def compared(effect: float, spread: float, paper: float) -> str:
@@ -142,9 +167,14 @@ def main() -> None:
     chosen = [a for a in ABLATIONS if not given.only or a.sweep in given.only]
     if any(a.sweep == "pretraining" for a in chosen):
         pretrain([f"--{k}={v}" for k, v in settings.items() if k.startswith(("data.", "trainer."))])
-    results = []
+    results: list[tuple[Ablation, list[dict[str, Any]]]] = []
+    brief: dict[Any, dict[str, Any]] = {}  # five sweeps have the same run for one of their settings
     for ablation in chosen:
+        share(ablation, given.root, settings, brief)
         rows = sweep(f"configs/sweeps/{ablation.sweep}.yaml", given.root, settings=settings, jobs=jobs)
+        brief |= {
+            row["values"][SEED]: row for row in rows if row["status"] == "ended" and is_brief(ablation, row["values"])
+        }
         results.append((ablation, rows))
     header = [
         "ablation",

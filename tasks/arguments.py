@@ -1,8 +1,13 @@
 """What the command line says, beyond what its parser makes of it."""
 
 import ast
+import difflib
+import inspect
 import json
+import pydoc
+import re
 import sys
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -63,6 +68,26 @@ def without_none(arg: str) -> str:
         return f"{name}={json.dumps(ast.literal_eval(value))}"
     except (ValueError, SyntaxError, TypeError):  # other text
         return arg
+
+
+def guessed(message: str, options: Callable[[], Iterable[str]]) -> str:
+    """A parser's `message`; if it is of an option that there is not, with the one that may have been meant.
+
+    Args:
+        options: gives those of the command, with dots; those of a class that the message names are its own.
+    """
+    unknown = r"(?:unrecognized arguments: --|does not accept option ')([\w.]+).*"
+    found = re.search(unknown + r"|class_path '(.+)':\s+Option '(\w+)' is not accepted", message)
+    if found is None:
+        return message
+    option, owner, parameter = found.groups()
+    if owner is None:
+        known = [*options()]
+    else:
+        bases = [base for base in pydoc.locate(owner).__mro__ if "__init__" in vars(base)]  # type: ignore[attr-defined]
+        option, known = parameter, [name for base in bases for name in inspect.signature(base.__init__).parameters]
+    near = difflib.get_close_matches(option, known, 1, 0.75)
+    return f"{message[: found.end()]}; did you mean {near[0]}?{message[found.end() :]}" if near else message
 
 
 def listed(value: Any) -> list[Any]:

@@ -11,7 +11,7 @@ import warnings
 from argparse import SUPPRESS
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NoReturn
 
 import torch
 import yaml
@@ -29,7 +29,7 @@ from hrnet.checkpoints import WeightsError, config_of, is_source, read, summary
 from hrnet.resnet import RESNETS, ResNet
 from hrnet.weights import InitFrom
 from tasks import analyse, wandb_run
-from tasks.arguments import CONFIGS, SettingError, asked, listed, spelled_out, whole_numbers, with_default_data
+from tasks.arguments import CONFIGS, SettingError, asked, guessed, listed, spelled_out, whole_numbers, with_default_data
 from tasks.base import Task, plain
 from tasks.callbacks import Faster, FasterTraining
 from tasks.endings import REFUSALS, discard, message, told
@@ -95,6 +95,12 @@ class CLI(LightningCLI):
         ours = {"prog": f"python -m {self.model_class.__module__}", "allow_abbrev": False}  # a slip is no abbreviation
         parser = super().init_parser(**ours | kwargs)
         parser.print_usage = lambda *args: None  # type: ignore[method-assign]  # sixty lines before the error
+        said = parser.error
+
+        def error(message: str, ex: Exception | None = None) -> NoReturn:
+            said(guessed(message, lambda: self._subcommand_parsers[self.preparing].get_defaults().keys()), ex)
+
+        parser.error = error  # type: ignore[method-assign]
         return parser
 
     def add_arguments_to_parser(self, parser: Any) -> None:

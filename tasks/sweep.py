@@ -192,6 +192,10 @@ def run(trials: list[Trial], metric: str, jobs: int | None = None) -> None:
             f"{record['seconds']:.0f} s",
             flush=True,
         )
+        known = any(trial.record["status"] == "ended" for trial in trials)
+        if waiting and not known and record.get("why", "").startswith("exit code 2:"):  # before a day is lost on it
+            print(f"the command line is at fault, so the other {len(waiting)} are not tried", flush=True)
+            waiting.clear()
 
     before = signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:

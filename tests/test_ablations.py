@@ -21,7 +21,7 @@ from tasks.detection import Detection
 from tasks.pose import Pose
 from tasks.search import read_sweep
 from tasks.segmentation import Segmentation
-from tasks.sweep import planned
+from tasks.sweep import planned, rows_of
 from tasks.sweep_table import SEED
 
 TINY = {"width": 4, "modules": (1, 1, 1), "blocks": 1, "stem": (1, 8)}
@@ -231,12 +231,37 @@ def args_of(trial):
     return trial.command[trial.command.index("fit") :]
 
 
-def test_the_table_of_ablations_says_which_way_the_paper_went(monkeypatch):
-    path = CONFIGS.parent / "benchmarks/ablations.py"
-    spec = importlib.util.spec_from_file_location("ablations", path)
-    ablations = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(ablations)
+@pytest.fixture
+def ablations(monkeypatch):
+    spec = importlib.util.spec_from_file_location("ablations", CONFIGS.parent / "benchmarks/ablations.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
     monkeypatch.chdir(CONFIGS.parent)
+    return module
+
+
+def test_the_run_that_several_sweeps_have_is_run_once(ablations, place, cli, tmp_path, monkeypatch):
+    """What the ablations take for one run has one configuration."""
+    monkeypatch.setattr("tasks.cli.CLI._run_subcommand", lambda *_: None)
+    monkeypatch.setattr("conftest.Run", lambda made, printed: made)
+    configs = []
+    row = {"status": "ended", "metric": 0.5, "parameters": 7, "seconds": 1.0, "folder": "first"}
+    for ablation in ablations.ABLATIONS:
+        ablations.share(ablation, str(tmp_path), {}, {0: row})
+        sweep = read_sweep(CONFIGS / "sweeps" / f"{ablation.sweep}.yaml")
+        trials = planned(sweep, None, 0, [], tmp_path / "sweeps" / ablation.sweep)
+        shared = [trial for trial in trials if trial.record["status"] == "ended"]
+        assert len(shared) == (0 if ablation.brief is None else 1)
+        for trial in shared:
+            (kept,) = [r for r in rows_of(trials) if r["status"] == "ended"]
+            assert kept == row | {"values": trial.values}
+            made = cli(place, *args_of(trial), task=Pose)
+            configs.append(made.parser.dump(made.config, skip_none=False).replace(str(trial.folder), ""))
+    assert len(configs) == 5
+    assert len({*configs}) == 1
+
+
+def test_the_table_of_ablations_says_which_way_the_paper_went(ablations):
     for ablation in ablations.ABLATIONS:
         sweep = read_sweep(CONFIGS / "sweeps" / f"{ablation.sweep}.yaml")
         (name,) = set(sweep.swept) - {SEED}

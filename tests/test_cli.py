@@ -62,7 +62,21 @@ def refused(capfd, cli, *args):
 
 def test_no_option_is_abbreviated(cli, small, tmp_path, capfd):
     """`sigm` would be taken for `sigma`, and a sweep would have a column of that name."""
-    assert "sigm" in refused(capfd, cli, tmp_path, "fit", *small, "--model.codec.sigm=1")
+    assert "--model.codec.sigm=1" in refused(capfd, cli, tmp_path, "fit", *small, "--model.codec.sigm=1")
+
+
+@pytest.mark.parametrize(
+    ("given", "meant"),
+    [
+        ("model.codec.sigm=1", "model.codec.sigma"),
+        ("data.batchsize=1", "batch_size"),
+        ("trainer.max_epoch=1", "_epochs"),
+    ],
+)
+def test_what_a_misspelt_option_may_have_been(given, meant, cli, small, tmp_path, capfd):
+    assert f"{meant}?" in refused(capfd, cli, tmp_path, "fit", *small, f"--{given}")
+    (tmp_path / "mouse.yaml").write_text(given.replace(".", ": {").replace("=", ": ") + "}" * given.count("."))
+    assert f"{meant}?" in refused(capfd, cli, tmp_path, "fit", *small, "-c", tmp_path / "mouse.yaml")
 
 
 # What a run leaves behind

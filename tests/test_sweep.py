@@ -171,6 +171,8 @@ with open("starts.txt", "a") as file:
     file.write(f"{args['width']} {args['seed_everything']} {os.environ.get('CUDA_VISIBLE_DEVICES')}\\n")
 if args["width"] == "bad" and not os.path.exists("mended"):
     raise ValueError("too wide")
+if args["width"] == "usage":
+    sys.exit(2)
 if args["width"] == "slow" and not (root / "begun").exists():
     def stop(*_):
         (root / "begun").touch()
@@ -245,6 +247,14 @@ def test_failures_are_told_others_go_on_and_what_ended_is_not_run_again(toy, tmp
         main([str(path), "--jobs", "3"])
     assert len(toy()) == 6
     assert "12 trials, 6 of them ended before" in capsys.readouterr().out
+
+
+def test_a_command_line_that_is_not_understood_is_tried_once(toy, tmp_path, capsys):
+    path = write(tmp_path, parameters=parameters("usage", "a"))
+    with pytest.raises(SystemExit, match="6 of 6 trials have not ended"):
+        main([str(path)])
+    assert toy() == ["usage 0 None"]
+    assert "the other 5 are not tried" in capsys.readouterr().out
 
 
 def test_settings_go_over_the_sweeps_own(toy, tmp_path):
