@@ -96,6 +96,13 @@ class DataModule(L.LightningDataModule):
                 )
 
     def train_dataloader(self) -> DataLoader:
+        train, val = (getattr(self.datasets.get(name), "instances", []) for name in ("train", "val"))
+        judged = {str(i.path) for i in val}
+        if both := judged.intersection(str(i.path) for i in train):
+            rank_zero_warn(
+                f"{len(both)} of {len(judged)} pictures of val are learned from as well, such as {min(both)}: what is "
+                f"measured on them was learned by heart"
+            )
         return self.loader("train")
 
     def val_dataloader(self) -> DataLoader:

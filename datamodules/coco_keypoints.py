@@ -100,8 +100,6 @@ class CocoKeypoints(KeypointData):
             rank_zero_warn(note)
         report.drop_from(file.content)
         if split != "train":  # said, since the APs are not comparable
-            if self.paths[split] == self.paths["train"]:
-                rank_zero_info(f"{split} is train: what is measured is what was learned by heart")
             if split == "test" and self.paths["test"] == self.paths["val"]:
                 rank_zero_info("no test split is named: the validation split is tested")
             rank_zero_info(f"boxes of {split}: {self.boxes or 'ground truth'}")

@@ -4,9 +4,12 @@ import ast
 import difflib
 import inspect
 import json
+import logging
+import os
 import pydoc
 import re
 import sys
+import warnings
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
@@ -70,24 +73,42 @@ def without_none(arg: str) -> str:
         return arg
 
 
-def guessed(message: str, options: Callable[[], Iterable[str]]) -> str:
-    """A parser's `message`; if it is of an option that there is not, with the one that may have been meant.
+def explained(message: str, options: Callable[[], Iterable[str]]) -> str:
+    """A parser's `message` with the file that has the setting it is of; if there is no such setting, with the one that
+    may have been meant.
 
     Args:
         options: gives those of the command, with dots; those of a class that the message names are its own.
     """
-    unknown = r"(?:unrecognized arguments: --|does not accept option ')([\w.]+).*"
-    found = re.search(unknown + r"|class_path '(.+)':\s+Option '(\w+)' is not accepted", message)
+    of_class = re.search(r"Option '(\w+)' is not accepted", message)
+    unknown = of_class or re.search(r"(?:unrecognized arguments: --|does not accept option ')([\w.]+).*", message)
+    found = unknown or re.search(r'key "([\w.]+)"', message)
     if found is None:
         return message
-    option, owner, parameter = found.groups()
-    if owner is None:
-        known = [*options()]
-    else:
-        bases = [base for base in pydoc.locate(owner).__mro__ if "__init__" in vars(base)]  # type: ignore[attr-defined]
-        option, known = parameter, [name for base in bases for name in inspect.signature(base.__init__).parameters]
+    option, end, known = found[1], found.end(), [*options()] if unknown else []
+    last = option.rsplit(".", 1)[-1]
+    if of_class and (owner := re.search(r"class_path[ =]'([\w.]+)'", message)):
+        bases = [base for base in pydoc.locate(owner[1]).__mro__ if "__init__" in vars(base)]  # type: ignore[attr-defined]
+        known = [name for base in bases for name in inspect.signature(base.__init__).parameters]
     near = difflib.get_close_matches(option, known, 1, 0.75)
-    return f"{message[: found.end()]}; did you mean {near[0]}?{message[found.end() :]}" if near else message
+    typed = any(arg.split("=")[0].endswith(last) for arg in sys.argv[1:] if arg.startswith("--"))
+    key = re.compile(rf"(?<![\w-]){last}[\"']?\s*:")
+    files = [] if typed else [path for path in configurations(sys.argv[1:]) if key.search(path.read_text())]
+    place = f" in {os.path.relpath(files[-1])}" if files else ""
+    guess = f"; did you mean {near[0]}?" if near else ""
+    return message[:end] + place + guess + message[end:]
+
+
+def quieten() -> None:
+    """Leave out what is printed in every run and tells users nothing."""
+    warnings.filterwarnings("ignore", message=".*LeafSpec.*")
+    # Of several processes: metrics are those of all samples, each once.
+    warnings.filterwarnings("ignore", message=".*recommended to use .*sync_dist=True")
+    warnings.filterwarnings("ignore", message="Using `DistributedSampler` with the dataloaders")
+    warnings.filterwarnings("ignore", message="The dirpath has changed")
+    warnings.filterwarnings("ignore", message="Checkpoint directory .* exists and is not empty")
+    warnings.filterwarnings("ignore", message="Experiment logs directory .* exists and is not empty")
+    logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(lambda r: "litlogger" not in r.getMessage())
 
 
 def listed(value: Any) -> list[Any]:

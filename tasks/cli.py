@@ -2,12 +2,10 @@
 
 import importlib
 import inspect
-import logging
 import os
 import pkgutil
 import signal
 import sys
-import warnings
 from argparse import SUPPRESS
 from dataclasses import replace
 from pathlib import Path
@@ -29,7 +27,17 @@ from hrnet.checkpoints import WeightsError, config_of, is_source, read, summary
 from hrnet.resnet import RESNETS, ResNet
 from hrnet.weights import InitFrom
 from tasks import analyse, wandb_run
-from tasks.arguments import CONFIGS, SettingError, asked, guessed, listed, spelled_out, whole_numbers, with_default_data
+from tasks.arguments import (
+    CONFIGS,
+    SettingError,
+    asked,
+    explained,
+    listed,
+    quieten,
+    spelled_out,
+    whole_numbers,
+    with_default_data,
+)
 from tasks.base import Task, plain
 from tasks.callbacks import Faster, FasterTraining
 from tasks.endings import REFUSALS, discard, message, told
@@ -98,7 +106,7 @@ class CLI(LightningCLI):
         said = parser.error
 
         def error(message: str, ex: Exception | None = None) -> NoReturn:
-            said(guessed(message, lambda: self._subcommand_parsers[self.preparing].get_defaults().keys()), ex)
+            said(explained(message, lambda: self._subcommand_parsers[self.preparing].get_defaults().keys()), ex)
 
         parser.error = error  # type: ignore[method-assign]
         return parser
@@ -297,18 +305,6 @@ def network(backbone: Any) -> Any:
     if isinstance(backbone, str) and is_source(backbone):
         return config_of(backbone)
     return resolve(backbone if isinstance(backbone, str | HRNetConfig) else dict(backbone))
-
-
-def quieten() -> None:
-    """Leave out what is printed in every run and tells users nothing."""
-    warnings.filterwarnings("ignore", message=".*LeafSpec.*")
-    # Of several processes: metrics are those of all samples, each once.
-    warnings.filterwarnings("ignore", message=".*recommended to use .*sync_dist=True")
-    warnings.filterwarnings("ignore", message="Using `DistributedSampler` with the dataloaders")
-    warnings.filterwarnings("ignore", message="The dirpath has changed")
-    warnings.filterwarnings("ignore", message="Checkpoint directory .* exists and is not empty")
-    warnings.filterwarnings("ignore", message="Experiment logs directory .* exists and is not empty")
-    logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(lambda r: "litlogger" not in r.getMessage())
 
 
 def main(task: type[Task], args: list[str] | None = None) -> CLI:

@@ -26,7 +26,7 @@ import torch
 import yaml
 
 from tasks.arguments import SettingError
-from tasks.search import Sweep, read_sweep, trials_of
+from tasks.search import Sweep, grid, read_sweep, trials_of
 from tasks.sweep_table import shortened, write_plot, write_tables
 
 STOPPED = {130, 143, -signal.SIGINT, -signal.SIGTERM}
@@ -249,7 +249,10 @@ def sweep(
     found = read_sweep(Path(path), settings or {})
     folder = Path(root) / "sweeps" / Path(path).stem
     every = planned(found, trials, seed, configs or [], folder)
-    print(f"{path}:", end=" ")
+    wanted, note = trials or found.run_cap, ""
+    if found.method == "grid" and wanted and wanted < (size := len([*grid(found)])):
+        note = f" the first {wanted} of {size} settings,"
+    print(f"{path}:{note}", end=" ")
     try:
         run(every, found.metric, jobs)
     finally:

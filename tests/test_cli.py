@@ -76,7 +76,27 @@ def test_no_option_is_abbreviated(cli, small, tmp_path, capfd):
 def test_what_a_misspelt_option_may_have_been(given, meant, cli, small, tmp_path, capfd):
     assert f"{meant}?" in refused(capfd, cli, tmp_path, "fit", *small, f"--{given}")
     (tmp_path / "mouse.yaml").write_text(given.replace(".", ": {").replace("=", ": ") + "}" * given.count("."))
-    assert f"{meant}?" in refused(capfd, cli, tmp_path, "fit", *small, "-c", tmp_path / "mouse.yaml")
+    said = refused(capfd, cli, tmp_path, "fit", *small, "-c", tmp_path / "mouse.yaml")
+    assert f"{meant}?" in said
+    assert "mouse.yaml" in said
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("model: {codec: {encoding: upd}}", "quantised"),
+        ("trainer: {max_epochs: many}", "int"),
+        (
+            "model: {optimizer: {class_path: torch.optim.Adam, init_args: {lr: 0.001, weight_dekay: 1}}}",
+            "mouse.yaml; did you mean weight_decay?",
+        ),
+    ],
+)
+def test_the_file_of_a_wrong_value_is_named(text, said, cli, small, tmp_path, capfd):
+    (tmp_path / "mouse.yaml").write_text(text)
+    message = refused(capfd, cli, tmp_path, "fit", *small, "-c", tmp_path / "mouse.yaml")
+    assert "mouse.yaml" in message
+    assert said in message
 
 
 # What a run leaves behind

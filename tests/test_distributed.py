@@ -13,10 +13,13 @@ import time
 
 import pytest
 import torch
+import yaml
 
+from tasks.arguments import CONFIGS
 from tasks.callbacks import gathered
 from tasks.classification import Classification
 from tasks.detection import Detection
+from tasks.joint import Joint
 from tasks.pose import Pose
 from tasks.segmentation import Segmentation
 from tests.test_resume import same
@@ -162,6 +165,37 @@ def test_every_command_counts_as_one_process_does(task, processes, uneven, tmp_p
         )
     assert results[0] == results[1]
     assert json.loads(results[0]["results.json"])
+
+
+@pytest.mark.distributed
+def test_two_processes_learn_four_tasks(tmp_path):
+    """Each with its own batch statistics, and weights that are learned; stopped, the run goes on."""
+    content = yaml.safe_load((CONFIGS / "joint/rendered.yaml").read_text())
+    model, data = content["model"], content["data"]["init_args"]
+    model |= {"backbone": {"width": 8, "modules": [1, 1, 1], "blocks": 1, "stem": [1, 16]}, "weighting": "uncertainty"}
+    model["tasks"]["detection"]["init_args"]["detector"]["init_args"] |= {"pyramid": 16, "width": 32, "proposals": 30}
+    sizes = {
+        "pose": {"size": [64, 48]},
+        "detection": {"shorter": 64, "longer": 96},
+        "segmentation": {"size": [48, 64]},
+        "classification": {"size": 64},
+    }
+    for name, part in data["parts"].items():
+        part["init_args"] |= sizes[name] | {"root": str(tmp_path / "scenes"), "train": 11, "val": 7, "workers": 0}
+        part["init_args"] |= {"batch_size": 2, "eval_batch_size": 1}
+    data["steps"] = 3
+    content["trainer"] = {"max_epochs": 2, "accelerator": "cpu", "precision": "32-true", "enable_progress_bar": False}
+    config = tmp_path / "joint.yaml"
+    config.write_text(yaml.safe_dump(content))
+    finished(tmp_path, Joint, "fit", "-c", config, *TWO)
+    both = numbers(newest(tmp_path, Joint))
+    path = newest(tmp_path, Joint) / "checkpoints/last.ckpt"
+    finished(tmp_path, Joint, "validate", "-c", config, f"--ckpt_path={path}")
+    alone = {k: v for k, v in numbers(newest(tmp_path, Joint)).items() if not k.endswith(("/loss", "step"))}
+    assert len(alone) > 40
+    assert {k: both[k] for k in alone} == alone
+    finished(tmp_path, Joint, "fit", "-c", config, *TWO, "--ckpt_path=last", "--trainer.max_epochs=3")
+    assert torch.load(path, weights_only=True)["global_step"] == 9
 
 
 LEARN = """

@@ -101,6 +101,14 @@ def test_faulty_lists(name, text, message, root):
         ready(root, train=name)
 
 
+def test_pictures_learned_from_and_judged_by_are_told(root, recwarn):
+    ready(root).train_dataloader()
+    assert not [w for w in recwarn if "by heart" in str(w.message)]
+    (root / "val.csv").write_text("file_name,label\nval/cat/0.png,cat\ntrain/eel/1.png,eel\n")
+    with pytest.warns(UserWarning, match=r"1 of 2 pictures of val .*train/eel/1\.png"):
+        ready(root, val="val.csv", images={"val": "."}).train_dataloader()
+
+
 def test_one_class(tmp_path):
     (tmp_path / "train" / "cat").mkdir(parents=True)
     Image.fromarray(picture()).save(tmp_path / "train" / "cat" / "a.png")

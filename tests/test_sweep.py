@@ -304,6 +304,14 @@ def test_a_sweep_that_is_stopped_stops_its_trials_and_goes_on(sign, toy, tmp_pat
     assert toy() == ["b 0 None", "slow 0 None"]
 
 
+def test_a_part_of_a_grid_is_called_one(toy, tmp_path, capsys):
+    path = write(tmp_path, parameters=parameters("a", "ccc", seeds=[0]))
+    main([str(path), "--trials", "1"])
+    assert "the first 1 of 2 settings, 1 trials" in capsys.readouterr().out
+    main([str(path), "--trials", "2"])
+    assert "the first" not in capsys.readouterr().out
+
+
 def test_a_plot_is_drawn(toy, tmp_path):
     pytest.importorskip("matplotlib")
     lr = {"lr": {"distribution": "log_uniform_values", "min": 1e-4, "max": 1e-1}}
