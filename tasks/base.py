@@ -48,6 +48,8 @@ class Task(L.LightningModule):
     """Kinds of heads (`hrnet.checkpoints.HEADS`) that its published networks have."""
     facts: tuple[str, ...] = ()
     protocol: tuple[str, ...] = ()
+    unkept: tuple[str, ...] = ()
+    """Settings that no checkpoint keeps, for its would win over the command line's: of evaluation alone, or files."""
     findings: Any = LossFindings
     """Class of what `analyse` finds wrong, see `tasks.findings`."""
     head_lr = 1.0
@@ -81,18 +83,18 @@ class Task(L.LightningModule):
         self.register_buffer("std", torch.tensor(std).view(1, 3, 1, 1) * 255, persistent=False)
         self.metrics = nn.ModuleDict()
 
-    def keep_hyperparameters(self, ignore: list[str]) -> None:
+    def keep_hyperparameters(self) -> None:
         """Call at the end of a subclass's `__init__`: what a checkpoint must hold to build the task again.
 
         Plain values only, so that it can be read with `weights_only=True`; built in Python or by the command line, the
-        same form. Evaluation-only settings are to be ignored, for the checkpoint's would win over the command line's.
+        same form.
         """
         hparams = dict(self.hparams)
         if "_instantiator" not in hparams:
             hparams = {k: plain(v) for k, v in hparams.items()}
             hparams = {k: v for k, v in hparams.items() if v is not None and not callable(v)}
             hparams["_instantiator"] = "lightning.pytorch.cli.instantiate_module"
-        for key in [*ignore, "init_from"]:
+        for key in (*self.unkept, "init_from"):
             hparams.pop(key, None)
         hparams["backbone"] = plain(self.backbone.config)  # not a name: the file it may stand for need not be there
         self.hparams.clear()

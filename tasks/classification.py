@@ -47,6 +47,7 @@ class Classification(Task):
     heads = ("classification",)
     facts = ("num_classes", "class_names", "size", "resize")
     protocol = ("size", "resize")
+    unkept = ("teacher",)
     findings = LabelFindings
 
     def __init__(
@@ -75,7 +76,7 @@ class Classification(Task):
     ) -> None:
         super().__init__(backbone, 4, init, optimizer, lr_scheduler, lr_interval, init_from, mean, std, channels_last)
         self.save_hyperparameters()
-        self.keep_hyperparameters(ignore=["teacher"])
+        self.keep_hyperparameters()
         self.head = head(self.backbone.channels, num_classes)
         self.class_names = class_names or default_names(num_classes)
         self.label_smoothing, self.size, self.resize = label_smoothing, size, resize

@@ -44,6 +44,7 @@ from tasks.endings import REFUSALS, discard, message, told
 from tasks.export import main as export
 from tasks.export import run_by, settings
 from tasks.guards import Finite
+from tasks.joint_settings import carry_over
 from tasks.machine import check_writable, fast_bf16
 from tasks.resume import (
     COMMAND,
@@ -241,9 +242,11 @@ class CLI(LightningCLI):
                     f"{path}: the checkpoint is of {trained}, not of {wanted}; leave model.backbone out to use it as "
                     f"it is, or start another network from it by --model.init_from"
                 )
+        before = self.config[command].model.clone()
         super()._parse_ckpt_path()
+        held = ("backbone", *carry_over(before, self.config[command].model))
         given = [a.split("=")[0].removeprefix("--model.") for a in sys.argv if a.startswith("--model.")]
-        ignored = [name for name in given if name.split(".")[0] in self.kept and name.split(".")[0] != "backbone"]
+        ignored = [name for name in given if name.split(".")[0] in self.kept and not name.startswith(held)]
         if ignored:
             rank_zero_warn(
                 f"--ckpt_path goes on with the checkpoint's own settings: model.{', model.'.join(ignored)} ignored"

@@ -75,6 +75,7 @@ class Detection(Task):
     heads = ("detection",)
     facts = ("num_classes", "class_names", "category_ids", "shorter", "longer")
     protocol = ("shorter", "longer")
+    unkept = ("evaluation",)
     findings = BoxFindings
 
     def __init__(
@@ -103,7 +104,7 @@ class Detection(Task):
             backbone, maps, init, optimizer, lr_scheduler, lr_interval, init_from, mean, std, channels_last
         )
         self.save_hyperparameters()
-        self.keep_hyperparameters(ignore=["evaluation"])
+        self.keep_hyperparameters()
         self.head = detector(self.backbone.channels, num_classes)
         for name, value in asdict(evaluation).items():
             if value is not None:

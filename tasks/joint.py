@@ -101,7 +101,7 @@ class Joint(Task):
             own = {k: v for k, v in built[name].hparams.items() if k not in (*facts, *shared, "_instantiator")}
             self.hparams["tasks"] = self.hparams["tasks"] | {name: plain(kind) | {"init_args": own}}
             self.hparams["parts"][name] = facts
-        self.keep_hyperparameters(ignore=[])
+        self.keep_hyperparameters()
         self.learned = [name for name, weight in self.weights.items() if max(values(weight))]
         self.maps = {name: len(task.backbone.channels) for name, task in built.items()}
         first = built[self.learned[0]].backbone

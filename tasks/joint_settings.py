@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Mapping
 from functools import partial
+from pydoc import locate
 from typing import Any
 
 import numpy as np
@@ -51,6 +52,19 @@ def checked(tasks: Mapping[str, Any], parts: Any, weights: Mapping[str, Weight])
     starts = [weight[min(weight)] if isinstance(weight, dict) else weight for weight in found.values()]
     if not any(starts):
         raise SettingError(f"model.weights: all are 0 in epoch 0 ({named}); one has to be more")
+    return found
+
+
+def carry_over(before: Any, after: Any) -> list[str]:
+    """Give the tasks of a parsed joint `model`, which are a checkpoint's, what these do not keep (`Task.unkept`), as it
+    was before; the names of these settings."""
+    found = []
+    for name, task in (after.get("tasks") or {}).items():
+        former = (before.get("tasks") or {}).get(name)
+        if former is not None and former.class_path == task.class_path:
+            for key in locate(task.class_path).unkept:  # type: ignore[attr-defined]
+                task.init_args[key] = former.init_args[key]
+                found.append(f"tasks.{name}.{key}")
     return found
 
 

@@ -64,6 +64,7 @@ class Pose(Task):
     facts = ("num_keypoints", "keypoint_names", "skeleton", "flip_pairs", "sigmas", "size", "padding", "udp")
     """What the command line passes from the data to the task when fitting and evaluating..."""
     protocol = ("size", "padding", "udp")
+    unkept = ("flip_test",)
     """...and from the task to the data when predicting."""
     findings = PoseFindings
 
@@ -98,7 +99,7 @@ class Pose(Task):
             backbone, maps, init, optimizer, lr_scheduler, lr_interval, init_from, mean, std, channels_last
         )
         self.save_hyperparameters()
-        self.keep_hyperparameters(ignore=["flip_test"])
+        self.keep_hyperparameters()
         self.head = head(self.backbone.channels, num_keypoints)
         if level := getattr(self.head, "level", 0):  # it reads a coarser map
             codec = replace(codec, stride=self.backbone.strides[level])

@@ -66,6 +66,7 @@ class Segmentation(Task):
     heads = ("segmentation", "segmentation with OCR", "pose")  # the last: HRNetV1
     facts = ("num_classes", "class_names", "palette", "class_weights", "flip_pairs", "eval_size")
     protocol = ("eval_size",)
+    unkept = ("evaluation",)
     findings = MaskFindings
     tells_confidence = False
     """Whether `predict` says how sure it is of every pixel, too."""
@@ -109,7 +110,7 @@ class Segmentation(Task):
         network = replace(resolve(backbone), upsample=upsample, align_corners=align_corners)
         super().__init__(network, maps, init, optimizer, lr_scheduler, lr_interval, init_from, mean, std, channels_last)
         self.save_hyperparameters()
-        self.keep_hyperparameters(ignore=["evaluation"])
+        self.keep_hyperparameters()
         self.head = head(self.backbone.channels, num_classes)
         if hasattr(self.head, "align_corners"):
             self.head.align_corners = align_corners  # type: ignore[assignment]

@@ -8,6 +8,7 @@ import signal
 import time
 
 import pytest
+from test_resume import TINY
 from torch.utils.data import Dataset
 
 from datamodules.base import DataModule
@@ -16,7 +17,6 @@ from datamodules.loader import Loader, begin_worker
 from datamodules.transforms import DataError
 from tasks.endings import told
 from tasks.segmentation import Segmentation
-from tests.test_resume import TINY
 
 
 class Numbers(Dataset):

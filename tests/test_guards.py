@@ -2,10 +2,10 @@
 
 import pytest
 import torch
+from test_resume import OWN, same
 
 from tasks.pose import Pose
 from tasks.resume import rows_of
-from tests.test_resume import OWN, same
 
 
 @pytest.fixture(scope="module")

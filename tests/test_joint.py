@@ -87,11 +87,15 @@ def config(parts, tmp_path_factory):
     return write
 
 
+UNKEPT = {"segmentation": {"evaluation": {"flip": True}}, "pose": {"flip_test": False}}
+"""Not the defaults, and in no checkpoint."""
+
+
 @pytest.fixture(scope="module")
 def joint(cli, config, tmp_path_factory):
     """A run of four tasks with their own batch statistics, and weights that are learned."""
     model = {"statistics": "own", "weighting": "uncertainty", "weights": {"pose": 10, "detection": {0: 0.5, 2: 1.5}}}
-    args = config(model=model, data={"steps": 4})
+    args = config(model=model, data={"steps": 4}, tasks=UNKEPT)
     return cli(tmp_path_factory.mktemp("joint"), "fit", args, task=Joint)
 
 
@@ -195,8 +199,9 @@ def judged(cli, folder, name, parts, *args):
 def test_part_of_a_checkpoint_is_a_task_of_its_own(name, joint, cli, parts, tmp_path):
     """With its own statistics, settings and facts; as init_from, and split off as --ckpt_path."""
     path = joint.folder / "checkpoints/last.ckpt"
-    if name in ("pose", "segmentation"):
-        found = judged(cli, tmp_path, name, parts, f"--model.init_from={path}#{name}")
+    if name in UNKEPT:
+        said = {"segmentation": "--model.evaluation.flip=true", "pose": "--model.flip_test=false"}[name]
+        found = judged(cli, tmp_path, name, parts, f"--model.init_from={path}#{name}", said)
     else:
         with pytest.raises(SystemExit):
             cli(tmp_path, "split", path, tmp_path / "split", task=Joint)
@@ -207,11 +212,15 @@ def test_part_of_a_checkpoint_is_a_task_of_its_own(name, joint, cli, parts, tmp_
 
 def test_joint_checkpoint_validates_and_infers(joint, cli, config, tmp_path):
     path = joint.folder / "checkpoints/last.ckpt"
-    flip = "--model.tasks.segmentation.evaluation.flip=false"
-    run = cli(tmp_path, "validate", config(model={"statistics": "own"}), f"--ckpt_path={path}", flip, task=Joint)
+    given = [config(model={"statistics": "own"}, tasks=UNKEPT), f"--ckpt_path={path}"]
+    run = cli(tmp_path, "validate", *given, task=Joint)
+    before = {k: v for k, v in joint.numbers.items() if k.startswith("val/")}
     assert {k: v for k, v in run.numbers.items() if k.startswith("val/")} == pytest.approx(
-        {k: v for k, v in joint.numbers.items() if k.startswith("val/")}, abs=1e-6, nan_ok=True
+        before, abs=1e-6, nan_ok=True
     )
+    other = cli(tmp_path, "validate", *given, "--model.tasks.segmentation.evaluation.flip=false", task=Joint)
+    assert [r.model.tasks["segmentation"].evaluation.flip for r in (joint, run, other)] == [True, True, False]
+    assert [r.model.tasks["pose"].flip_test for r in (joint, run, other)] == [False] * 3
     assert {p.name for p in (run.folder / "predictions").glob("*.json")} >= {"val_pose.json", "val_detection.json"}
     model = Joint.load_from_checkpoint(path, map_location="cpu", weights_only=True)
     assert same(model.state_dict(), joint.model.state_dict())

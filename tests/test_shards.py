@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from test_image_folder import picture
 from torch.utils.data import DataLoader
 
 from datamodules import shard_index
@@ -25,7 +26,6 @@ from datamodules.shard_index import class_number
 from datamodules.shards import Shards, expanded, main, pack, paths_of
 from datamodules.tars import OPENED, Shard, files_in, read_member
 from datamodules.transforms import DataError, read_upright, upright_of
-from tests.test_image_folder import picture
 
 NAMES = ("cat", "dog", "eel")
 
