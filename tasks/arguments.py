@@ -147,18 +147,41 @@ def content_of(path: Path) -> dict[str, Any]:
 
 
 def with_default_data(task: str, args: list[str]) -> list[str]:
-    """`args` with the embedded data's configuration (to predict: the pictures') before them, if they name no data."""
+    """`args` with the embedded data's configuration before them, if they name no data; to predict with the pictures',
+    which also takes the place of data to learn from that a file names."""
     contents = [content_of(path) for path in configurations(args) if path.is_file()]  # else the parser says so
     if not args or args[0].startswith("-") or any(a == "--data" or a.startswith("--data=") for a in args):
         return args
-    for data in (content.get("data") for content in contents):
-        if isinstance(data, str) or (data and "class_path" in data):  # else only settings of the default's
-            return args
-    if args[0] == "predict" and not any(a.startswith(("--data.path", "-h", "--help", "--print")) for a in args):
+    predict, data = args[0] == "predict", [content["data"] for content in contents if content.get("data")]
+    named = [part for part in data if isinstance(part, str) or "class_path" in part]  # else settings of the default's
+    if named and not (predict and learns(named[-1])):
+        return args
+    if predict and not any(a.startswith(("--data.path", "-h", "--help", "--print")) for a in args):
         raise SettingError("say what to predict on: --data.path FOLDER (or a picture, a pattern, a list, a video)")
-    default = CONFIGS / task / ("predict.yaml" if args[0] == "predict" else "rendered.yaml")
+    default = CONFIGS / task / ("predict.yaml" if predict else "rendered.yaml")
     if default.is_file():
-        return [args[0], "--config", str(default), *args[1:]]
+        before, after = files_first(args[1:]) if named else ([], args[1:])
+        return [args[0], *before, "--config", str(default), *after]
     if {"-h", "--help"} & {*args}:
         return args
     raise SettingError(f"{task} has no data that it takes by itself ({default} is missing): give --data or -c")
+
+
+def learns(data: str | dict[str, Any]) -> bool:
+    """Whether the `data` of a file are a data module to learn from, not one of pictures at a path."""
+    name = data if isinstance(data, str) else str(data["class_path"])
+    ours = [module for key, module in sys.modules.items() if key.startswith("datamodules.")]
+    kinds = [pydoc.locate(name)] if "." in name else [getattr(module, name, None) for module in ours]
+    kind = next((kind for kind in kinds if isinstance(kind, type)), None)
+    return kind is not None and "path" not in inspect.signature(kind).parameters
+
+
+def files_first(args: list[str]) -> tuple[list[str], list[str]]:
+    """The arguments `-c FILE`, and all others."""
+    files, others, rest = [], [], iter(args)
+    for arg in rest:
+        if arg in ("-c", "--config"):
+            files += [arg, next(rest, "")]
+        else:
+            (files if arg.startswith(("-c=", "--config=")) else others).append(arg)
+    return files, others

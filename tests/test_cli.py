@@ -21,7 +21,7 @@ from pycocotools.cocoeval import COCOeval
 from hrnet import HRNetConfig
 from hrnet.codecs import Heatmap
 from hrnet.dialects import to_dialect
-from tasks.arguments import CONFIGS, with_default_data
+from tasks.arguments import CONFIGS, SettingError, with_default_data
 from tasks.pose import Pose
 
 LONG = ["--trainer.max_epochs=1", "--trainer.limit_train_batches=2", "--trainer.log_every_n_steps=1"]
@@ -474,6 +474,8 @@ TABLE = [
     (["fit", "-c", "absent.yaml"], "rendered"),
     (["fit", "-c", "without.yaml", "-c", "with_data.yaml"], None),
     (["predict", "-c", "without.yaml", "--data.path=x"], "predict"),
+    (["predict", "-c", "photos.yaml"], None),
+    (["predict", "-c", "short.yaml", "--data.path=x"], None),
 ]
 
 
@@ -483,12 +485,24 @@ def test_default_data(args, expected, tmp_path, monkeypatch):
     (tmp_path / "without.yaml").write_text("trainer: {max_epochs: 1}\n")
     (tmp_path / "empty.yaml").write_text("# nothing yet\n")
     (tmp_path / "settings.yaml").write_text("data: {batch_size: 4}\n")
+    (tmp_path / "photos.yaml").write_text("data: {class_path: datamodules.images.Images, init_args: {path: x}}\n")
+    (tmp_path / "short.yaml").write_text("data: Images\n")
     monkeypatch.chdir(tmp_path)
     got = with_default_data("pose", args)
     if expected is None:
         assert got == args
     else:
         assert got == [args[0], "--config", str(CONFIGS / "pose" / f"{expected}.yaml"), *args[1:]]
+
+
+def test_predict_with_the_file_that_the_network_was_trained_by(tmp_path):
+    """Its data give way to the pictures, wherever it stands."""
+    (tmp_path / "mouse.yaml").write_text("data: datamodules.mpii.Mpii\n")
+    file, rest = ["-c", f"{tmp_path}/mouse.yaml"], ["--data.path=x", "--ckpt_path=best"]
+    pictures = ["--config", str(CONFIGS / "pose/predict.yaml")]
+    assert with_default_data("pose", ["predict", rest[0], *file, rest[1]]) == ["predict", *file, *pictures, *rest]
+    with pytest.raises(SettingError, match=r"--data\.path FOLDER"):
+        with_default_data("pose", ["predict", *file])
 
 
 # Bad input: one clear message
