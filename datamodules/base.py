@@ -1,6 +1,5 @@
 """What every data module has in common."""
 
-import os
 import tempfile
 from collections.abc import Callable
 from functools import partial
@@ -14,7 +13,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from datamodules.broken import Skipping, read
 from datamodules.decoded import Decoded
-from datamodules.loader import Loader, begin_worker
+from datamodules.loader import Loader, begin_worker, cores
 from datamodules.order import Order, Seeded
 from datamodules.transforms import Array, read_image
 
@@ -24,8 +23,8 @@ class DataModule(L.LightningDataModule):
 
     Args:
         batch_size: samples a batch and process.
-        workers: loader processes; None takes one a core, 8 at most. They live as long as the loader, each with two
-            batches ahead, and compute in one thread each (torch sees to its own, `transforms` to OpenCV's).
+        workers: loader processes; None takes one a core that may be used, 8 at most. They live as long as the loader,
+            each two batches ahead, and compute in one thread each (torch sees to its own, `transforms` to OpenCV's).
         eval_batch_size: for validation, test and prediction; None is batch_size.
         decoded: where pictures are kept decoded; None decodes them each time.
         skip: share of a split's samples that may be skipped because they cannot be read; with 0 the first ends the run.
@@ -48,13 +47,14 @@ class DataModule(L.LightningDataModule):
         self.eval_batch_size = eval_batch_size or batch_size
         if workers is not None and workers < 0:
             raise ValueError(f"workers must be at least 0, got {workers}")
-        self.workers = min(os.cpu_count() or 1, 8) if workers is None else workers
+        self.workers = min(cores(), 8) if workers is None else workers
         self.decoded = decoded
         if not 0 <= skip < 1 or timeout < 0:
             raise ValueError(f"skip is a share, below 1, and timeout in seconds; got {skip} and {timeout}")
         self.skip, self.timeout = skip, timeout
         self.datasets: dict[str, Dataset] = {}
         self.lists: dict[str, Path] = {}  # of what was skipped
+        self.common = ""  # what is to be said of pictures that are learned from and judged by
 
     def reader(self, read: Callable[..., Array] = read_image) -> Callable[..., Array]:
         """What reads pictures: `read`, or what it has read before."""
@@ -99,10 +99,11 @@ class DataModule(L.LightningDataModule):
         train, val = (getattr(self.datasets.get(name), "instances", []) for name in ("train", "val"))
         judged = {str(i.path) for i in val}
         if both := judged.intersection(str(i.path) for i in train):
-            rank_zero_warn(
+            self.common = (
                 f"{len(both)} of {len(judged)} pictures of val are learned from as well, such as {min(both)}: what is "
                 f"measured on them was learned by heart"
             )
+            rank_zero_warn(self.common)
         return self.loader("train")
 
     def val_dataloader(self) -> DataLoader:

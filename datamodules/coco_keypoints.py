@@ -4,6 +4,7 @@
 """
 
 import argparse
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any, Literal
 
@@ -85,8 +86,11 @@ class CocoKeypoints(KeypointData):
                         a["area"] = 0.53 * a["bbox"][2] * a["bbox"][3]
             known = next(iter(self.files.values()), None)
             if known is not None and known.facts.names != file.facts.names:
+                names = zip_longest(known.facts.names, file.facts.names)
+                i, (a, b) = next((i, pair) for i, pair in enumerate(names) if pair[0] != pair[1])
                 raise DataError(
-                    f"{annotations}: keypoints {file.facts.names} differ from {known.path}: {known.facts.names}"
+                    f"{annotations}: keypoints differ from those of {known.path}: number {i} is {b!r} here and {a!r} "
+                    f"there; names and order have to be equal"
                 )
             self.files[split] = file
         return self.files[split]

@@ -99,6 +99,11 @@ def killed(error: RuntimeError) -> DataError:
     )
 
 
+def cores() -> int:
+    """How many this process may use: a scheduler may allow fewer than there are."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 def begin_worker(number: int) -> None:
     """In a new worker: asked by a signal, it says on stderr where it is; what it was given stays in shared memory.
 

@@ -26,6 +26,7 @@ from datamodules.coco_file import CocoFile, pairs_of, sigmas_of
 from datamodules.coco_instances import boxed, read_instances
 from datamodules.image_folder import ImageFolder
 from datamodules.keypoints import Instance, KeypointData, Keypoints
+from datamodules.loader import cores
 from datamodules.mask_folder import MaskFolder
 from datamodules.metrics import KeypointAP, KeypointError
 from datamodules.transforms import DataError
@@ -269,7 +270,7 @@ def _write_files(root: Path, split: str, count: int, seed: int, size: tuple[int,
         folder.mkdir(parents=True)
     store = partial(_store, images, semantic, seed, size)
     progress = partial(tqdm, total=count, desc=f"drawing {split}", unit="scene")
-    workers = (os.cpu_count() or 1) if workers is None else workers
+    workers = cores() if workers is None else workers
     if workers:
         # fork, where there is one: spawned processes would import the caller's whole program (torch: 10 s each) first.
         context = multiprocessing.get_context("fork" if sys.platform == "linux" else "spawn")

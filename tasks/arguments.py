@@ -5,7 +5,6 @@ import difflib
 import inspect
 import json
 import logging
-import os
 import pydoc
 import re
 import sys
@@ -73,13 +72,15 @@ def without_none(arg: str) -> str:
         return arg
 
 
-def explained(message: str, options: Callable[[], Iterable[str]]) -> str:
+def explained(message: str, options: Callable[[], Iterable[str]], files: dict[Path, str]) -> str:
     """A parser's `message` with the file that has the setting it is of; if there is no such setting, with the one that
     may have been meant.
 
     Args:
         options: gives those of the command, with dots; those of a class that the message names are its own.
+        files: those given by `-c`, and how to call them; absolute, for the parser goes to the folder of each.
     """
+    message = brief(message)
     of_class = re.search(r"Option '(\w+)' is not accepted", message)
     unknown = of_class or re.search(r"(?:unrecognized arguments: --|does not accept option ')([\w.]+).*", message)
     found = unknown or re.search(r'key "([\w.]+)"', message)
@@ -90,13 +91,31 @@ def explained(message: str, options: Callable[[], Iterable[str]]) -> str:
     if of_class and (owner := re.search(r"class_path[ =]'([\w.]+)'", message)):
         bases = [base for base in pydoc.locate(owner[1]).__mro__ if "__init__" in vars(base)]  # type: ignore[attr-defined]
         known = [name for base in bases for name in inspect.signature(base.__init__).parameters]
+    elif (first := option.split(".")[0]) not in (tops := {name.split(".")[0] for name in known}) and known:
+        option, known = first, [*tops]
     near = difflib.get_close_matches(option, known, 1, 0.75)
     typed = any(arg.split("=")[0].endswith(last) for arg in sys.argv[1:] if arg.startswith("--"))
     key = re.compile(rf"(?<![\w-]){last}[\"']?\s*:")
-    files = [] if typed else [path for path in configurations(sys.argv[1:]) if key.search(path.read_text())]
-    place = f" in {os.path.relpath(files[-1])}" if files else ""
+    named = [] if typed else [name for path, name in files.items() if key.search(path.read_text())]
+    place = f" in {named[-1]}" if named else ""
     guess = f"; did you mean {near[0]}?" if near else ""
     return message[:end] + place + guess + message[end:]
+
+
+def brief(message: str) -> str:
+    """What a parser says of a value of none of several types, without all that does not matter."""
+    head, _, rest = message.partition("\n  Does not validate against any of the Union subtypes\n")
+    owner = re.search(r"class_path[ =]'([\w.]+)'", rest)
+    if owner and (option := re.search(r"Option '\w+' is not accepted", rest)):
+        note = ", for --data CLASS has to come before it" if owner[1] == "datamodules.base.DataModule" else ""
+        return f"{head}\n  class_path '{owner[1]}': {option[0]}{note}"
+    if inner := re.search(r'Parser key "([\w.]+)":\n\s+(Expected .*)', rest):
+        return f"{head}\n  {inner[1]}: {inner[2]}"
+    errors, wanted = (re.findall(rf"^    - {text}", rest, re.M) for text in ("", "Expected an? (.+)$"))
+    if wanted and len(errors) == len(wanted):
+        types = re.sub(r"<class '([\w.]+)'>", r"\1", " or ".join(wanted)).replace("NoneType", "null")
+        return f"{head}\n  Expected {types}. Got value: {rest.partition('Given value: ')[2]}"
+    return message
 
 
 def quieten() -> None:
@@ -178,7 +197,9 @@ def learns(data: str | dict[str, Any]) -> bool:
 
 def files_first(args: list[str]) -> tuple[list[str], list[str]]:
     """The arguments `-c FILE`, and all others."""
-    files, others, rest = [], [], iter(args)
+    files: list[str] = []
+    others: list[str] = []
+    rest = iter(args)
     for arg in rest:
         if arg in ("-c", "--config"):
             files += [arg, next(rest, "")]

@@ -217,7 +217,7 @@ class Predictions(Callback):
             writer.release()
             print(f"overlays:   {path}", flush=True)
             return
-        taken = set()
+        taken, empty = set(), 0
         for image_id in sorted(first):
             path = Path(first[image_id].path)
             name = f"{path.stem}_{image_id}" if path.stem in taken else path.stem  # two folders may hold the same name
@@ -226,9 +226,11 @@ class Predictions(Callback):
                 image = self.dataset.read(str(path))
             except DataError:  # it was skipped
                 continue
-            image = task.overlay(image, found[image_id])
-            write_image(str(folder / f"{name}.jpg"), image)
-        print(f"overlays:   {folder}", flush=True)
+            overlay = task.overlay(image, found[image_id])
+            empty += np.array_equal(image, overlay)
+            write_image(str(folder / f"{name}.jpg"), overlay)
+        note = f"; in {empty} of {len(first)} nothing is drawn, for no score was high enough" if empty else ""
+        print(f"overlays:   {folder}{note}", flush=True)
 
 
 class Summary(Callback):
@@ -264,6 +266,8 @@ class Summary(Callback):
                 lines.append(
                     f"{best.monitor} was never above 0: best.ckpt is of the first validation, last.ckpt of the last"
                 )
+        if note := getattr(trainer.datamodule, "common", ""):  # type: ignore[attr-defined]
+            lines.append(note)
         lines += [
             f"metrics:    {folder / 'metrics.csv'}",
             f"pictures:   {folder / 'pictures'}",

@@ -31,6 +31,7 @@ from tasks.arguments import (
     CONFIGS,
     SettingError,
     asked,
+    configurations,
     explained,
     listed,
     quieten,
@@ -104,10 +105,10 @@ class CLI(LightningCLI):
         ours = {"prog": f"python -m {self.model_class.__module__}", "allow_abbrev": False}  # a slip is no abbreviation
         parser = super().init_parser(**ours | kwargs)
         parser.print_usage = lambda *args: None  # type: ignore[method-assign]  # sixty lines before the error
-        said = parser.error
+        said, files = parser.error, {p: os.path.relpath(p) for p in configurations(sys.argv[1:]) if p.is_file()}
 
         def error(message: str, ex: Exception | None = None) -> NoReturn:
-            said(explained(message, lambda: self._subcommand_parsers[self.preparing].get_defaults().keys()), ex)
+            said(explained(message, lambda: self._subcommand_parsers[self.preparing].get_defaults().keys(), files), ex)
 
         parser.error = error  # type: ignore[method-assign]
         return parser
@@ -287,9 +288,8 @@ class CLI(LightningCLI):
             callbacks.append(wandb_run.WandbRun())
         config["callbacks"] = callbacks
         # First, so that the run's folder is its folder; metrics.csv is written always.
-        version = None if self.goes_on is None else self.goes_on.name
-        own = CSVLogger(config["default_root_dir"], name=self.task, version=version)
-        if version is None:
+        own = CSVLogger(config["default_root_dir"], name=self.task, version=getattr(self.goes_on, "name", None))
+        if self.goes_on is None:
             CLI.folder = Path(own.log_dir)
         else:
             take_up(own, self.rows)

@@ -249,6 +249,8 @@ class Pose(Task):
         poses = np.array([item["keypoints"] for item in items]).reshape(len(items), -1, 3)
         canvas = self.draw(image, {"keypoints": poses[..., :2], "score": poses[..., 2]})
         for item, pose in zip(items, poses, strict=True):
+            if not (pose[:, 2] > 0.2).any():  # no keypoint is drawn either
+                continue
             place = pose[:, :2].min(0).clip(0, np.array(canvas.shape[1::-1]) - 20)
             write_text(canvas, f"{item['score']:.2f}", place, max(canvas.shape[:2]) / 640)
         return canvas

@@ -25,6 +25,7 @@ from typing import Any
 import torch
 import yaml
 
+from datamodules.loader import cores
 from tasks.arguments import SettingError
 from tasks.search import Sweep, grid, read_sweep, trials_of
 from tasks.sweep_table import shortened, write_plot, write_tables
@@ -173,8 +174,7 @@ def run(trials: list[Trial], metric: str, jobs: int | None = None) -> None:
     jobs = jobs or len(gpus) or 1
     environment = dict(os.environ)
     if not gpus and jobs > 1:  # trials side by side are the parallelism
-        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-        environment.setdefault("OMP_NUM_THREADS", str(max(1, cores // jobs)))
+        environment.setdefault("OMP_NUM_THREADS", str(max(1, cores() // jobs)))
     waiting = [trial for trial in trials if trial.record["status"] != "ended"]
     number = {trial.folder: i for i, trial in enumerate(trials, 1)}
     print(f"{len(trials)} trials, {len(trials) - len(waiting)} of them ended before, {jobs} at once", flush=True)
@@ -259,6 +259,9 @@ def sweep(
         rows = rows_of(every)
         if any(row["status"] == "ended" for row in rows):
             print(write_tables(rows, found, folder), flush=True)
+            values = [row["metric"] for row in rows if row["status"] == "ended"]
+            if len(values) > 1 and len({*values}) == 1:
+                print(f"{found.metric} is {values[0]:.4f} in all of them: more steps, or another metric, may tell more")
             write_plot(rows, found, folder / "plot.png")
     return rows
 

@@ -312,6 +312,13 @@ def test_a_part_of_a_grid_is_called_one(toy, tmp_path, capsys):
     assert "the first" not in capsys.readouterr().out
 
 
+def test_equal_results_are_told(toy, tmp_path, capsys):
+    sweep(write(tmp_path, parameters=parameters("a", seeds=[0])))
+    assert "in all of them" not in capsys.readouterr().out
+    sweep(write(tmp_path, "equal", parameters=parameters("aa", "bb", seeds=[0])))
+    assert "in all of them" in capsys.readouterr().out
+
+
 def test_a_plot_is_drawn(toy, tmp_path):
     pytest.importorskip("matplotlib")
     lr = {"lr": {"distribution": "log_uniform_values", "min": 1e-4, "max": 1e-1}}
