@@ -88,8 +88,10 @@ def explained(message: str, options: Callable[[], Iterable[str]], files: dict[Pa
         return message
     option, end, known = found[1], found.end(), [*options()] if unknown else []
     last = option.rsplit(".", 1)[-1]
-    if of_class and (owner := re.search(r"class_path[ =]'([\w.]+)'", message)):
-        bases = [base for base in pydoc.locate(owner[1]).__mro__ if "__init__" in vars(base)]  # type: ignore[attr-defined]
+    owner = re.search(r"class_path[ =]'([\w.]+)'", message)
+    if of_class:
+        kind = pydoc.locate(owner[1]) if owner else None
+        bases = [base for base in getattr(kind, "__mro__", ()) if "__init__" in vars(base)]
         known = [name for base in bases for name in inspect.signature(base.__init__).parameters]
     elif (first := option.split(".")[0]) not in (tops := {name.split(".")[0] for name in known}) and known:
         option, known = first, [*tops]
