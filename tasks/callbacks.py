@@ -268,6 +268,8 @@ class Summary(Callback):
                 )
         if note := getattr(trainer.datamodule, "common", ""):  # type: ignore[attr-defined]
             lines.append(note)
+        if Path(trainer.default_root_dir).resolve() != Path("runs").resolve():  # where `best` is not looked for
+            which = str(folder / f"checkpoints/{which}.ckpt")
         lines += [
             f"metrics:    {folder / 'metrics.csv'}",
             f"pictures:   {folder / 'pictures'}",

@@ -124,6 +124,14 @@ def test_fit_leaves_everything_it_promises(fitted):
     assert {"train/loss", "val/loss", "val/AP", "val/PCK@0.2", "val/score", "lr-Adam", "epoch", "step"} <= set(header)
 
 
+def test_what_to_try_is_of_this_run(cli, small, tmp_path):
+    """`--ckpt_path best` looks below runs alone."""
+    run = cli(tmp_path, "fit", *small, "--trainer.default_root_dir=mine", "--trainer.max_steps=1")
+    (path,) = re.findall(r"predict --ckpt_path (\S+)", run.printed)
+    assert path.startswith("mine/pose/version_0/")
+    assert (tmp_path / path).is_file()
+
+
 def test_fit_says_where_everything_lies(fitted):
     text = fitted.printed
     for words in ("2 steps", "val/score", "best.ckpt", "metrics.csv", "pictures"):
