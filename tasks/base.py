@@ -54,6 +54,8 @@ class Task(L.LightningModule):
     """Class of what `analyse` finds wrong, see `tasks.findings`."""
     head_lr = 1.0
     """Factor on the head's learning rate."""
+    drawn: float | None = None
+    """Least score of what pictures show, `--drawn` of predict; None where there is no such choice."""
 
     def __init__(
         self,

@@ -229,7 +229,8 @@ class Predictions(Callback):
             overlay = task.overlay(image, found[image_id])
             empty += np.array_equal(image, overlay)
             write_image(str(folder / f"{name}.jpg"), overlay)
-        note = f"; in {empty} of {len(first)} nothing is drawn, for no score was high enough" if empty else ""
+        hint = "" if task.drawn is None else f" (--drawn {task.drawn:g})"
+        note = f"; in {empty} of {len(first)} nothing is drawn, for no score was high enough{hint}" if empty else ""
         print(f"overlays:   {folder}{note}", flush=True)
 
 

@@ -11,8 +11,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal, NoReturn
 
-import torch
 import yaml
+from jsonargparse.typing import ClosedUnitInterval
 from lightning.pytorch.cli import LightningCLI, SaveConfigCallback
 from lightning.pytorch.loggers import CSVLogger, Logger, WandbLogger
 from lightning.pytorch.plugins.environments import SLURMEnvironment
@@ -46,7 +46,7 @@ from tasks.export import main as export
 from tasks.export import run_by, settings
 from tasks.guards import Finite
 from tasks.joint_settings import carry_over
-from tasks.machine import check_writable, fast_bf16
+from tasks.machine import check_writable, set_precision
 from tasks.resume import (
     COMMAND,
     ROWS,
@@ -124,7 +124,11 @@ class CLI(LightningCLI):
         elif self.preparing != "predict":
             for name in ("nonfinite", "last"):  # the config.yaml of a fit has them
                 parser.add_argument(f"--{name}", type=Any, help=SUPPRESS)
-        if self.preparing == "predict":  # pictures know nothing of keypoints: the checkpoint does
+        if self.preparing == "predict":
+            if self.model_class.drawn is not None:
+                text = "least score of what overlays show; results.json has everything"
+                parser.add_argument("--drawn", type=ClosedUnitInterval, default=self.model_class.drawn, help=text)
+            # pictures know nothing of keypoints: the checkpoint does
             for name in self.model_class.protocol:
                 parser.link_arguments(f"model.{name}", f"data.init_args.{name}", apply_on="instantiate")
         else:
@@ -136,14 +140,7 @@ class CLI(LightningCLI):
         self.kept: dict[str, Any] = {}  # by a checkpoint, if one is given
         config = self.config[self.config.subcommand]
         config.trainer.default_root_dir = str(config.trainer.default_root_dir or "runs")
-        if config.trainer.precision is None:
-            config.trainer.precision = "bf16-mixed" if fast_bf16() else "32-true"
-        if str(config.trainer.precision) in ("bf16-true", "16-true", "64-true", "bf16", "64", "transformer-engine"):
-            raise SettingError(
-                f"trainer.precision {config.trainer.precision}: weights and losses stay in fp32; take bf16-mixed"
-            )
-        if config.trainer.sync_batchnorm and not torch.cuda.is_available():
-            raise SettingError("trainer.sync_batchnorm: torch shares batch statistics on GPUs only, and there is none")
+        set_precision(config.trainer)
         epochs, every = config.trainer.max_epochs, config.trainer.check_val_every_n_epoch
         if epochs and every and 0 < epochs < every:  # too short a run is validated at its end, not never
             config.trainer.check_val_every_n_epoch = epochs
@@ -264,6 +261,7 @@ class CLI(LightningCLI):
             raise cause if isinstance(cause, REFUSALS) else SettingError(cause) from error
         if self.exported:
             run_by(self.model, self.exported)
+        self.model.drawn = self.config[self.config.subcommand].get("drawn", self.model.drawn)
 
     @property
     def task(self) -> str:

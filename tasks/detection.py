@@ -76,6 +76,7 @@ class Detection(Task):
     facts = ("num_classes", "class_names", "category_ids", "shorter", "longer")
     protocol = ("shorter", "longer")
     unkept = ("evaluation",)
+    drawn: float = 0.3
     findings = BoxFindings
 
     def __init__(
@@ -215,7 +216,7 @@ class Detection(Task):
         return results
 
     def picture(self, batch: Any, prediction: Any, index: int) -> Array:
-        """Labels, and beside them what was found with a score of 0.3 or more: RGB uint8."""
+        """Labels, and beside them what was found with a score of `drawn` or more: RGB uint8."""
         image = batch["image"][index].permute(1, 2, 0).cpu().numpy()
         factor = min(1.0, 640 / max(image.shape[:2]))
         image = cv2.resize(image, None, fx=factor, fy=factor, interpolation=cv2.INTER_AREA) if factor < 1 else image
@@ -232,15 +233,16 @@ class Detection(Task):
         known = [cv2.resize(m.cpu().numpy(), place[::-1]) for m in batch["masks"][index]] if "masks" in batch else []
         panels = [panel(batch["boxes"][index], batch["labels"][index], None, "label", known)]
         if prediction is not None:
-            sure = prediction["scores"][index] >= 0.3
+            sure = prediction["scores"][index] >= self.drawn
             boxes, labels, scores = (prediction[name][index][sure].float() for name in ("boxes", "labels", "scores"))
             found = prediction["masks"][index][sure].float().cpu().numpy() if "masks" in prediction else []
             masks = [paste(m, b, place) for m, b in zip(found, boxes.cpu().numpy() * factor, strict=False)]
             panels.append(panel(boxes, labels.long(), scores, "prediction", masks))
         return np.concatenate(panels, axis=1)
 
-    def draw(self, image: Array, result: dict[str, Any], threshold: float = 0.3) -> Array:
-        """`image` (RGB uint8 `[H, W, 3]`) with the objects of an `infer` result that score `threshold` or more."""
+    def draw(self, image: Array, result: dict[str, Any], threshold: float | None = None) -> Array:
+        """`image` (RGB uint8 `[H, W, 3]`) with an `infer` result's objects of `threshold`, or else `drawn`, or more."""
+        threshold = self.drawn if threshold is None else threshold
         rows = [i for i, score in enumerate(result["scores"]) if score >= threshold][::-1]  # the surest on top
         colours = [self.palette[result["labels"][i]] for i in rows]
         texts = [f"{self.class_names[result['labels'][i]]} {result['scores'][i]:.2f}" for i in rows]
@@ -249,7 +251,9 @@ class Detection(Task):
 
     def overlay(self, image: Array, items: list[dict[str, Any]]) -> Array:
         """`image` with what `collector` found in it."""
-        items = [item for item in items if item["score"] >= 0.3]  # `draw` shows no others: decode no masks for nothing
+        items = [
+            item for item in items if item["score"] >= self.drawn
+        ]  # `draw` shows no others: decode no masks for nothing
         label = {category: i for i, category in enumerate(self.category_ids)}
         boxes = np.array([item["bbox"] for item in items], dtype=np.float64).reshape(-1, 4)
         boxes[:, 2:] += boxes[:, :2]

@@ -65,6 +65,7 @@ class Pose(Task):
     """What the command line passes from the data to the task when fitting and evaluating..."""
     protocol = ("size", "padding", "udp")
     unkept = ("flip_test",)
+    drawn: float = 0.2
     """...and from the task to the data when predicting."""
     findings = PoseFindings
 
@@ -237,8 +238,9 @@ class Pose(Task):
         write_text(covered, "heatmaps", (4, 14))
         return np.concatenate([labelled, predicted, covered], axis=1)
 
-    def draw(self, image: np.ndarray, result: dict[str, Any], threshold: float = 0.2) -> np.ndarray:
-        """`image` (RGB uint8 `[H, W, 3]`) with the keypoints of an `infer` result that score above `threshold`."""
+    def draw(self, image: np.ndarray, result: dict[str, Any], threshold: float | None = None) -> np.ndarray:
+        """`image` (RGB uint8 `[H, W, 3]`) with an `infer` result's keypoints above `threshold`, or else `drawn`."""
+        threshold = self.drawn if threshold is None else threshold
         radius = max(2, round(max(image.shape[:2]) / 200))
         for keypoints, score in zip(result["keypoints"], result["score"], strict=True):
             image = draw_keypoints(image, keypoints, score > threshold, self.skeleton_facts, radius)
@@ -249,7 +251,7 @@ class Pose(Task):
         poses = np.array([item["keypoints"] for item in items]).reshape(len(items), -1, 3)
         canvas = self.draw(image, {"keypoints": poses[..., :2], "score": poses[..., 2]})
         for item, pose in zip(items, poses, strict=True):
-            if not (pose[:, 2] > 0.2).any():  # no keypoint is drawn either
+            if not (pose[:, 2] > self.drawn).any():  # no keypoint is drawn either
                 continue
             place = pose[:, :2].min(0).clip(0, np.array(canvas.shape[1::-1]) - 20)
             write_text(canvas, f"{item['score']:.2f}", place, max(canvas.shape[:2]) / 640)

@@ -351,6 +351,13 @@ def test_predict_writes_poses_and_overlays(fitted, cli, folder, photos):
     assert "3 predictions in 3 images" in run.printed
 
 
+@pytest.mark.parametrize(("least", "empty"), [("0", False), ("1", True)])
+def test_overlays_show_what_is_sure_enough(fitted, cli, folder, photos, least, empty):
+    run = cli(folder, "predict", "--ckpt_path=best", f"--data.path={photos}", f"--drawn={least}", *QUIET)
+    assert (f"in 3 of 3 nothing is drawn, for no score was high enough (--drawn {least})" in run.printed) == empty
+    assert len(json.loads((run.folder / "predictions" / "results.json").read_text())) == 3
+
+
 def test_predict_takes_boxes(fitted, cli, folder, photos, tmp_path):
     boxes = [{"file_name": "b.jpg", "bbox": [100, 50, 200, 250], "score": 0.9}]
     boxes.append({"file_name": "b.jpg", "bbox": [300, 40, 200, 250], "score": 0.8})

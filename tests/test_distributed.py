@@ -97,7 +97,10 @@ def start(folder, task, *given):
     """A command line in processes of its own; the first's."""
     command = [sys.executable, "-m", task.__module__, *map(str, given)]
     with (folder / "log").open("a") as log:
-        return subprocess.Popen(command, cwd=folder, stdout=log, stderr=subprocess.STDOUT, start_new_session=True)
+        env = os.environ | {"OMP_NUM_THREADS": "1"}  # two threads round otherwise than one, which the several have each
+        return subprocess.Popen(
+            command, cwd=folder, env=env, stdout=log, stderr=subprocess.STDOUT, start_new_session=True
+        )
 
 
 def finished(folder, task, *given):
