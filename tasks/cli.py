@@ -22,9 +22,8 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 import datamodules
 from datamodules.base import DataModule
 from hrnet import HRNetConfig
-from hrnet.backbone import resolve
-from hrnet.checkpoints import WeightsError, config_of, is_source, read, summary
-from hrnet.resnet import RESNETS, ResNet
+from hrnet.checkpoints import WeightsError, read, summary
+from hrnet.resnet import ResNet
 from hrnet.weights import InitFrom
 from tasks import analyse, wandb_run
 from tasks.arguments import (
@@ -39,6 +38,7 @@ from tasks.arguments import (
     whole_numbers,
     with_default_data,
 )
+from tasks.backbones import network, unlike
 from tasks.base import Task, plain
 from tasks.callbacks import Faster, FasterTraining
 from tasks.endings import REFUSALS, discard, message, told
@@ -233,11 +233,13 @@ class CLI(LightningCLI):
         if "backbone" in self.kept and asked("model.backbone"):
             model = self.config[command].model
             wanted, trained = network(model.backbone), network(self.kept["backbone"])
-            if "align_corners" in model:  # settings of the task, which go over the backbone's
+            if "align_corners" in model and isinstance(wanted, HRNetConfig) and isinstance(trained, HRNetConfig):
+                # settings of the task, which go over the backbone's
                 wanted = replace(wanted, upsample=trained.upsample, align_corners=trained.align_corners)
             if wanted != trained:
+                had, asked_for = unlike(trained, wanted)
                 raise WeightsError(
-                    f"{path}: the checkpoint is of {trained}, not of {wanted}; leave model.backbone out to use it as "
+                    f"{path}: the checkpoint is of {had}, not of {asked_for}; leave model.backbone out to use it as "
                     f"it is, or start another network from it by --model.init_from"
                 )
         before = self.config[command].model.clone()
@@ -297,15 +299,6 @@ class CLI(LightningCLI):
             plugins.append(SLURMEnvironment(auto_requeue=False))
         config["plugins"] = plugins
         return super().instantiate_trainer(**kwargs)
-
-
-def network(backbone: Any) -> Any:
-    """The configuration that a parsed or a kept `backbone` stands for, or the name if it is a ResNet's."""
-    if backbone in RESNETS:
-        return backbone
-    if isinstance(backbone, str) and is_source(backbone):
-        return config_of(backbone)
-    return resolve(backbone if isinstance(backbone, str | HRNetConfig) else dict(backbone))
 
 
 def main(task: type[Task], args: list[str] | None = None) -> CLI:

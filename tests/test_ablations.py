@@ -138,11 +138,13 @@ def test_a_resnets_run_is_kept_read_and_gone_on_with(cli, small, tmp_path):
     assert task.hparams["backbone"] == task.backbone.config == "resnet18"
     assert cli(tmp_path, "validate", *small, f"--ckpt_path={path}").numbers["val/AP"] >= 0
     assert cli(tmp_path, *fit, "--trainer.max_steps=2", "--ckpt_path=last").trainer.global_step == 2
+    validate = ["validate", *small, f"--ckpt_path={path}"]
     for args, said in (
-        (["validate", *small, f"--ckpt_path={path}", "--fast=merged"], "--fast merged is for HRNets"),
+        ([*validate, "--fast=merged"], "--fast merged is for HRNets"),
         ([*fit, "--model.head=hrnet.heads.HRNetV2"], "HRNetV1 alone"),
         (["export", path, tmp_path / "out.onnx"], "no HRNet in it"),
-        (["validate", *small, f"--ckpt_path={path}", "--model.backbone=resnet34"], "the checkpoint is of resnet18"),
+        ([*validate, "--model.backbone=resnet34"], "the checkpoint is of resnet18, not of resnet34"),
+        ([*validate, "--model.backbone=w18"], "not of an HRNet of width 18; leave"),
     ):
         with pytest.raises(SystemExit) as error:
             cli(tmp_path, *args)

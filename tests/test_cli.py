@@ -707,8 +707,7 @@ def test_checkpoint_of_another_backbone(fitted, cli, small, folder, tmp_path, ca
     (tmp_path / "w32.yaml").write_text("model: {backbone: {width: 32}}")
     for asked in (["--model.backbone=w32"], ["--model.backbone.width", "32"], ["-c", tmp_path / "w32.yaml"]):
         message = refused(capfd, cli, tmp_path, "validate", *asked, *small, path)
-        assert "width=16" in message
-        assert "width=32" in message
+        assert re.search(r"the checkpoint is of width 16(, .*)?, not of width 32(, |;)", message)
         assert "init_from" in message
     run = cli(folder, "validate", *small, "--model.backbone=w18_small_v1", path)
     assert run.model.backbone.config.width == 16

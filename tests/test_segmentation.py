@@ -491,13 +491,15 @@ def test_checkpoint_brings_all_of_it_along(ocr_run, data):
     assert loaded.weight.tolist() == ocr_run.model.weight.tolist()
 
 
-def test_run_with_ohem_is_evaluated(ocr_run, call, options):
+def test_run_with_ohem_is_evaluated(ocr_run, call, options, tmp_path):
     path = ocr_run.folder / "checkpoints" / "last.ckpt"
     facts = ["--data.class_weights=median", "--data.flip_pairs=[[1,2]]"]
     run = call(ocr_run.folder.parents[2], "validate", *options, *facts, f"--ckpt_path={path}")
     assert run.model.pixel_loss == OHEM(0.7, 1000)
     assert run.numbers["val/mIoU"] == pytest.approx(ocr_run.numbers["val/mIoU"], rel=1e-4)
     assert run.numbers["val/loss"] == pytest.approx(ocr_run.numbers["val/loss"], rel=1e-4)
+    with pytest.raises(SystemExit, match="not of resnet18; leave model.backbone out"):
+        call(tmp_path, "validate", *options, f"--ckpt_path={path}", "--model.backbone=resnet18")
 
 
 def test_start_from_a_run_up_samples_as_it_did(ocr_run, call, photos, data, tmp_path):
