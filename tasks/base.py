@@ -329,14 +329,18 @@ def finish_epoch(progress: dict[str, Any]) -> None:
 
 
 def plain(value: Any) -> Any:
-    """As YAML holds it: a dataclass as its fields, a class or a partial call of one by its path, a tuple as a list."""
+    """As YAML holds it: a class or a partial call of one by its path, a dataclass as its fields (with its path, where
+    another may stand in its place: losses, and what is derived from one), a tuple as a list."""
     if isinstance(value, type):
         return {"class_path": f"{value.__module__}.{value.__qualname__}"}
     if isinstance(value, functools.partial) and isinstance(value.func, type) and not value.args:
         return plain(value.func) | {"init_args": {k: plain(v) for k, v in value.keywords.items()}}
     if isinstance(value, tuple):
         return list(value)
-    return asdict(value) if is_dataclass(value) and not isinstance(value, type) else value
+    if not is_dataclass(value) or isinstance(value, type):
+        return value
+    named = callable(value) or is_dataclass(type(value).__base__)
+    return plain(type(value)) | {"init_args": asdict(value)} if named else asdict(value)
 
 
 def shown(names: Sequence[str]) -> str:

@@ -7,7 +7,7 @@ import pkgutil
 import signal
 import sys
 from argparse import SUPPRESS
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, Literal, NoReturn
 
@@ -193,7 +193,8 @@ class CLI(LightningCLI):
         if source.part == "all" and file.head in self.model_class.heads:
             # To go on learning, the rest is the new recipe's.
             network_of = ("head", "detector", "upsample", "align_corners")
-            found = {k: plain(v) for k, v in file.protocol.items() if command != "fit" or k in network_of}
+            found = {k: v for k, v in file.protocol.items() if command != "fit" or k in network_of}
+            found = {k: asdict(v) if k == "evaluation" else plain(v) for k, v in found.items()}
         found.pop("backbone", None)
         if not asked("model.backbone"):
             found["backbone"] = plain(file.config)

@@ -10,6 +10,7 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
+from jsonargparse import set_parsing_settings
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor, nn
@@ -29,6 +30,8 @@ from tasks.base import Task, plain
 from tasks.cli import main
 from tasks.detection import write_boxes
 from tasks.findings import PoseFindings
+
+set_parsing_settings(subclasses_enabled=[Heatmap])  # a codec of one's own is named by its class
 
 COCO = Keypoints(
     names=[
@@ -53,7 +56,7 @@ class Pose(Task):
         backbone: an `HRNetConfig`, or a preset's name such as "w48"; or "resnet18", ..., see `ResNet`.
         head: class of the head; called with the maps' channels and the number of keypoints.
         codec: how keypoints become heatmaps and come back; its stride follows the `level` that a head reads, if any.
-        loss: of output, target `[B, K, h, w]` and weight `[B, K]`.
+        loss: called with output, target `[B, K, h, w]` and weight `[B, K]`; None is `JointsMSE()`.
         flip_test: average with the mirrored image's output; evaluation only.
         num_keypoints, keypoint_names, skeleton, flip_pairs, sigmas: facts of the data (linked on the command line).
         size, padding, udp: how the data crop boxes, so that a checkpoint knows what it was fed.
@@ -76,7 +79,7 @@ class Pose(Task):
         backbone: HRNetConfig | str = PRESETS["w32"],
         head: Callable[[list[int], int], nn.Module] = HRNetV1,
         codec: Heatmap = Heatmap(),  # noqa: B008 (frozen)
-        loss: JointsMSE | nn.Module = JointsMSE(),  # noqa: B008 (frozen)
+        loss: JointsMSE | Callable[..., Any] | None = None,
         flip_test: bool = True,
         init: Literal["kaiming", "normal"] = "normal",
         optimizer: OptimizerCallable | None = None,
@@ -104,7 +107,7 @@ class Pose(Task):
         self.head = head(self.backbone.channels, num_keypoints)
         if level := getattr(self.head, "level", 0):  # it reads a coarser map
             codec = replace(codec, stride=self.backbone.strides[level])
-        self.codec, self.joint_loss, self.flip_test = codec, loss, flip_test
+        self.codec, self.joint_loss, self.flip_test = codec, loss or JointsMSE(), flip_test
         if (codec.encoding == "udp") != udp:
             rank_zero_warn(
                 f"codec.encoding is {codec.encoding!r} but data.udp is {udp}: crops and heatmaps then mean places that "

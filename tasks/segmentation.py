@@ -52,7 +52,7 @@ class Segmentation(Task):
             them, so it goes over the backbone's, the head's and the evaluation's. Officially bilinear, align_corners
             False for the plain models on Cityscapes, LIP and PASCAL-Context, True with OCR, ADE20K and COCO-Stuff; None
             is the head's own, False for HRNetV2 and True for OCR.
-        loss: of logits, labels and class weights; None is cross-entropy.
+        loss: called with logits, labels and class weights; None is cross-entropy.
         auxiliary: weight of the loss of a head's coarse output, if it has one (OCR; officially 0.4).
         head_lr: factor on the head's learning rate; officially 10 for PASCAL-Context and COCO-Stuff, else 1.
         evaluation: how images are looked at in evaluation and prediction; by default once, as a whole.
@@ -80,7 +80,7 @@ class Segmentation(Task):
         head: Callable[[list[int], int], nn.Module] = HRNetV2,
         upsample: Literal["bilinear", "nearest"] = "bilinear",
         align_corners: bool | None = None,
-        loss: CrossEntropy | OHEM | nn.Module | None = None,
+        loss: CrossEntropy | OHEM | Callable[..., Any] | None = None,
         auxiliary: float = 0.4,
         head_lr: float = 1.0,
         evaluation: Protocol = Protocol(),  # noqa: B008 (frozen)

@@ -92,14 +92,16 @@ def test_two_processes_detect_in_equal_batches(short, cli, tmp_path):
 
 # `make test-distributed`
 
+ONE_THREAD = os.environ | {"OMP_NUM_THREADS": "1"}
+"""Two round otherwise than one, which each of several processes has."""
+
 
 def start(folder, task, *given):
     """A command line in processes of its own; the first's."""
     command = [sys.executable, "-m", task.__module__, *map(str, given)]
     with (folder / "log").open("a") as log:
-        env = os.environ | {"OMP_NUM_THREADS": "1"}  # two threads round otherwise than one, which the several have each
         return subprocess.Popen(
-            command, cwd=folder, env=env, stdout=log, stderr=subprocess.STDOUT, start_new_session=True
+            command, cwd=folder, env=ONE_THREAD, stdout=log, stderr=subprocess.STDOUT, start_new_session=True
         )
 
 
@@ -261,6 +263,7 @@ def test_two_nodes(uneven, tmp_path):
         subprocess.Popen(
             [*run, f"--master_port={port}", f"--node_rank={rank}", "-m", "tasks.pose", *map(str, [*given, *nodes])],
             cwd=tmp_path,
+            env=ONE_THREAD,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,

@@ -219,6 +219,23 @@ def test_a_data_set_and_a_head(extended, cli):
     assert type(again.head).__name__ == "TwoMaps"
 
 
+def test_a_loss_and_a_codec(extended, cli):
+    import robust
+
+    of_mine = ["--model.loss", "robust.Robust", "--model.loss.delta", "0.5"]
+    of_mine += ["--model.codec", "robust.SoftArgmax", "--model.codec.sigma", "3"]
+    run = cli(extended, "fit", "-c", "points.yaml", "-c", "tiny.yaml", *of_mine)
+    again = Pose.load_from_checkpoint(run.folder / "checkpoints/last.ckpt")
+    same = cli(extended, "validate", "-c", run.folder / "config.yaml", "--ckpt_path", "last")
+    for task in (run.model, again, same.model):
+        assert task.joint_loss == robust.Robust(0.5)
+        assert task.codec == robust.SoftArgmax(3)
+    assert same.numbers["val/RMSE"] == pytest.approx(run.numbers["val/RMSE"], rel=1e-4)
+    place = torch.tensor([[[20.0, 33.0], [40.0, 12.0]]])
+    heatmaps, _ = again.codec.encode(place, torch.ones(1, 2), (64, 64))
+    assert (again.codec.decode(heatmaps, (64, 64))[0] - place).abs().max() < 2.1  # half a heatmap pixel
+
+
 def test_a_task(extended, cli):
     from counting import Counting
 

@@ -326,6 +326,45 @@ def test_picture_shows_label_prediction_and_heatmap(batch):
 
 # Checkpoints
 
+
+class Mine(torch.nn.Module):
+    def __init__(self, gamma: float = 1.0) -> None:
+        super().__init__()
+        self.gamma = gamma
+
+    def forward(self, output, target, weight):
+        return (self.gamma * (output - target).square().mean((2, 3)) * weight).mean()
+
+
+class Plain(Mine):
+    """Called by its own `__call__`."""
+
+    __call__ = Mine.forward
+
+
+def function(output, target, weight):
+    return Mine()(output, target, weight)
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [
+        ([], JointsMSE()),
+        (["--model.loss.topk=8"], JointsMSE(8)),
+        (["--model.loss={class_path: hrnet.losses.JointsMSE, init_args: {topk: 3}}"], JointsMSE(3)),
+        (["--model.loss=test_pose.Mine", "--model.loss.gamma=2"], Mine),
+        (["--model.loss={class_path: test_pose.Plain, init_args: {gamma: 2}}"], Plain),
+        (["--model.loss=test_pose.function"], function),
+    ],
+)
+def test_a_loss_by_its_path(given, expected, cache, cli, tmp_path):
+    few = ["--data.train=12", "--data.val=6", "--data.size=[64,48]", "--data.workers=0", "--trainer.max_steps=1"]
+    backbone = "--model.backbone={width: 8, modules: [1, 1, 1], blocks: 1, stem: [1, 16]}"
+    root = f"--data.root={cache}"
+    loss = cli(tmp_path, "fit", root, *few, backbone, "--trainer.accelerator=cpu", *given).model.joint_loss
+    assert (type(loss), loss.gamma) == (expected, 2) if isinstance(expected, type) else loss == expected
+
+
 BUILT = {
     "as it comes": {},
     "preset": {"backbone": "w18_small_v1"},
