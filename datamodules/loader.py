@@ -1,11 +1,13 @@
 """The loader of all data: it goes on where it was, and says why a worker does not."""
 
+import atexit
 import faulthandler
 import gc
 import os
 import shutil
 import signal
 import time
+import weakref
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -22,6 +24,17 @@ KILLED = "DataLoader worker"
 """In PyTorch's message about a worker that was killed, which comes wherever the process is at that moment."""
 
 
+LOADERS: "weakref.WeakSet[Loader]" = weakref.WeakSet()
+"""That may have workers."""
+
+
+@atexit.register
+def end_workers() -> None:
+    """Python tells those that are left once and waits for them, but they want to be told twice, see `begin_worker`."""
+    for loader in LOADERS:
+        loader.end_workers()
+
+
 class Loader(DataLoader):
     """A `DataLoader`. Of one over an `Order`, Lightning's checkpoints remember the place.
 
@@ -35,6 +48,7 @@ class Loader(DataLoader):
 
     def __iter__(self) -> Iterator[Any]:  # type: ignore[override]
         self.done = self.sampler.skipped() if isinstance(self.sampler, Order) else 0
+        LOADERS.add(self)
         try:
             for batch in super().__iter__():
                 self.done += 1
@@ -53,15 +67,18 @@ class Loader(DataLoader):
 
     def ask_workers(self) -> None:
         """Where they are; then to end, or one that hangs would be waited for."""
-        workers = getattr(self._iterator, "_workers", [])
-        for worker in workers:
+        for worker in getattr(self._iterator, "_workers", []):
             if worker.is_alive() and hasattr(signal, "SIGUSR2"):
                 os.kill(worker.pid, signal.SIGUSR2)
                 time.sleep(0.3)  # one after another, or they write into each other's lines
+        self.end_workers()
+
+    def end_workers(self) -> None:
+        """At once."""
         if getattr(self._iterator, "_worker_pids_set", False):  # whose death would be an error of its own
             signal_handling._remove_worker_pids(id(self._iterator))
             self._iterator._worker_pids_set = False  # type: ignore[union-attr]
-        for worker in workers:
+        for worker in getattr(self._iterator, "_workers", []):
             worker.kill()
 
     def state_dict(self) -> dict[str, int]:

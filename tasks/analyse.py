@@ -18,7 +18,7 @@ import yaml
 from lightning.pytorch.callbacks import Callback
 
 from tasks import report
-from tasks.arguments import SettingError, content_of, taken, with_default_data
+from tasks.arguments import SettingError, content_of, data_in_files, taken
 from tasks.base import Task
 from tasks.callbacks import folder_of
 from tasks.findings import pick
@@ -53,9 +53,9 @@ def arguments(task: type[Task], args: list[str]) -> list[str]:
         root = taken(args, "--trainer.default_root_dir")[0] or "runs"
         path = find_checkpoint(Path(root) / name, given) if given in ("best", "last") else Path(given)
         if path.suffix != ".onnx":
-            named = len(with_default_data(name, ["validate", *rest])) == len(rest) + 1
+            named = any(a == "--data" or a.startswith("--data=") for a in rest) or data_in_files(rest)
             added += settings_of(path, not named)
-        added += [f"--ckpt_path={path}"]
+        added += [f"--model.init_from={path}" if ".ckpt#" in str(path) else f"--ckpt_path={path}"]
     worst, rest = taken(rest, "--worst")
     count = [] if worst is None else [f"--trainer.callbacks.worst={worst}"]  # of the callback named last
     return ["validate", *added, *rest, "--trainer.callbacks+=tasks.analyse.Analysis", *count]
@@ -63,12 +63,28 @@ def arguments(task: type[Task], args: list[str]) -> list[str]:
 
 def settings_of(checkpoint: Path, data: bool) -> list[str]:
     """What the run of a checkpoint says in its config.yaml and the checkpoint does not: its data, if they are wanted,
-    and how it is evaluated."""
-    kept = read_checkpoint(checkpoint)["hyper_parameters"]
-    path = checkpoint.parent.parent / "config.yaml"
+    and how it is evaluated. Of a joint run, those of the part behind the `#`.
+
+    Raises:
+        SettingError: for a joint checkpoint without a part.
+    """
+    file, _, part = str(checkpoint).partition("#") if ".ckpt#" in str(checkpoint) else (str(checkpoint), "", "")
+    kept = read_checkpoint(Path(file))["hyper_parameters"]
+    if isinstance(kept.get("tasks"), dict):
+        if part not in kept["tasks"]:
+            modules = {name: task["class_path"].rpartition(".")[0] for name, task in kept["tasks"].items()}
+            each = ", ".join(f"python -m {module} analyse {file}#{name}" for name, module in modules.items())
+            raise SettingError(f"{checkpoint}: a joint network is analysed task by task: {each}")
+        kept = kept["tasks"][part]["init_args"]
+    path = Path(file).parent.parent / "config.yaml"
     if not path.is_file():
         return []
     config = content_of(path)
+    if part:
+        config = {
+            "model": config["model"]["tasks"][part].get("init_args"),
+            "data": config["data"]["init_args"]["parts"][part],
+        }
     model = {k: v for k, v in (config.get("model") or {}).items() if k in ("flip_test", "evaluation") and k not in kept}
     found = [f"--model.{k}={json.dumps(v)}" for k, v in model.items()]
     return [f"--data={json.dumps(config['data'])}", *found] if data and config.get("data") else found

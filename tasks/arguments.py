@@ -170,11 +170,9 @@ def content_of(path: Path) -> dict[str, Any]:
 def with_default_data(task: str, args: list[str]) -> list[str]:
     """`args` with the embedded data's configuration before them, if they name no data; to predict with the pictures',
     which also takes the place of data to learn from that a file names."""
-    contents = [content_of(path) for path in configurations(args) if path.is_file()]  # else the parser says so
     if not args or args[0].startswith("-") or any(a == "--data" or a.startswith("--data=") for a in args):
         return args
-    predict, data = args[0] == "predict", [content["data"] for content in contents if content.get("data")]
-    named = [part for part in data if isinstance(part, str) or "class_path" in part]  # else settings of the default's
+    predict, named = args[0] == "predict", data_in_files(args)
     if named and not (predict and learns(named[-1])):
         return args
     if predict and not any(a.startswith(("--data.path", "-h", "--help", "--print")) for a in args):
@@ -186,6 +184,13 @@ def with_default_data(task: str, args: list[str]) -> list[str]:
     if {"-h", "--help"} & {*args}:
         return args
     raise SettingError(f"{task} has no data that it takes by itself ({default} is missing): give --data or -c")
+
+
+def data_in_files(args: list[str]) -> list[str | dict[str, Any]]:
+    """The data modules that the YAMLs of a command line name; settings alone are of the default's."""
+    contents = [content_of(path) for path in configurations(args) if path.is_file()]  # else the parser says so
+    data = [content["data"] for content in contents if content.get("data")]
+    return [part for part in data if isinstance(part, str) or "class_path" in part]
 
 
 def learns(data: str | dict[str, Any]) -> bool:

@@ -10,7 +10,9 @@ plot come at the end.
 
 import argparse
 import csv
+import difflib
 import hashlib
+import itertools
 import json
 import os
 import re
@@ -26,12 +28,16 @@ import torch
 import yaml
 
 from datamodules.loader import cores
-from tasks.arguments import SettingError
+from tasks.arguments import SettingError, content_of
 from tasks.search import Sweep, grid, read_sweep, trials_of
 from tasks.sweep_table import shortened, write_plot, write_tables
 
 STOPPED = {130, 143, -signal.SIGINT, -signal.SIGTERM}
 """Exit codes of a run that was told to stop."""
+REFUSED = "exit code 2:"
+"""Begins what is said of a run whose command line the parser did not take."""
+UNJUDGED = "it logged no"
+"""Begins what is said of a run that ended without the metric; another metric is looked up, not trained for."""
 
 
 @dataclass(frozen=True)
@@ -80,8 +86,10 @@ class Trial:
             if found:
                 record |= {"metric": found[-1], "parameters": parameters_of(self.folder)}
             else:
-                names = ", ".join(k for k in (rows[0] if rows else {}) if k.startswith("val/")) or "nothing"
-                record |= {"status": "failed", "why": f"it logged no {metric}, but {names}"}
+                names = [k for k in (rows[0] if rows else {}) if k.startswith("val/")]
+                near = difflib.get_close_matches(metric, names, 1)
+                hint = f"; did you mean {near[0]}?" if near else ""
+                record |= {"status": "failed", "why": f"{UNJUDGED} {metric}, but {', '.join(names) or 'nothing'}{hint}"}
         part = self.folder / "trial.part"
         part.write_text(json.dumps({"values": self.values, "command": self.command} | record, indent=1))
         part.replace(self.folder / "trial.json")
@@ -149,11 +157,14 @@ def filled(sweep: Sweep, values: dict[str, Any], configs: list[str]) -> list[str
 
 
 def planned(sweep: Sweep, count: int | None, seed: int, configs: list[str], folder: Path) -> list[Trial]:
-    """The trials, each in a folder named by its command: the same command is the same trial."""
+    """The trials, each in a folder named by its command and what the YAMLs in it hold: what is the same is the same
+    trial."""
     trials = []
     for values in trials_of(sweep, count, seed):
         command = filled(sweep, values, configs)
-        name = hashlib.sha1(json.dumps([x for x in command if x != sys.executable]).encode()).hexdigest()[:10]
+        files = [file for word, file in itertools.pairwise(command) if word in ("-c", "--config")]
+        what = [[x for x in command if x != sys.executable], [content_of(Path(x)) for x in files if Path(x).is_file()]]
+        name = hashlib.sha1(json.dumps(what, default=str).encode()).hexdigest()[:10]
         place = [f"--trainer.default_root_dir={folder / name}", "--ckpt_path=auto"]
         said = ", ".join(f"{k.rsplit('.', 1)[-1]} {shortened(values[k])}" for k in sweep.swept)
         trials.append(Trial(values, said, command + place, folder / name))
@@ -175,14 +186,19 @@ def run(trials: list[Trial], metric: str, jobs: int | None = None) -> None:
     environment = dict(os.environ)
     if not gpus and jobs > 1:  # trials side by side are the parallelism
         environment.setdefault("OMP_NUM_THREADS", str(max(1, cores() // jobs)))
+    for trial in trials:  # the metric may be another one than that which they were judged by
+        if trial.record["status"] == "ended" or trial.record.get("why", "").startswith(UNJUDGED):
+            trial.finish(0, 0.0, metric)
     waiting = [trial for trial in trials if trial.record["status"] != "ended"]
     number = {trial.folder: i for i, trial in enumerate(trials, 1)}
     print(f"{len(trials)} trials, {len(trials) - len(waiting)} of them ended before, {jobs} at once", flush=True)
     running: dict[int, tuple[Trial, subprocess.Popen, float]] = {}
+    refused: list[Trial] = []
 
     def done(slot: int) -> None:
-        trial, process, start = running.pop(slot)
+        trial, process, start = running[slot]
         record = trial.finish(process.wait(), time.monotonic() - start, metric)
+        del running[slot]  # not before: Ctrl-C may come any time
         said = {
             "ended": f"{metric} {record.get('metric', 0):.4f}",
             "failed": f"FAILED, {record.get('why')}; {trial.log}",
@@ -192,10 +208,19 @@ def run(trials: list[Trial], metric: str, jobs: int | None = None) -> None:
             f"{record['seconds']:.0f} s",
             flush=True,
         )
-        known = any(trial.record["status"] == "ended" for trial in trials)
-        if waiting and not known and record.get("why", "").startswith("exit code 2:"):  # before a day is lost on it
-            print(f"the command line is at fault, so the other {len(waiting)} are not tried", flush=True)
+        why = record.get("why", "")
+        if not waiting or not why.startswith((UNJUDGED, REFUSED)) or any(t.record["status"] == "ended" for t in trials):
+            return
+        refused.append(trial)
+        if why.startswith(UNJUDGED) or len(refused) > 1:  # before a day is lost on it
+            print(
+                f"{'the metric' if why.startswith(UNJUDGED) else 'the command line'} is at fault, so the other "
+                f"{len(waiting)} are not tried",
+                flush=True,
+            )
             waiting.clear()
+        else:  # or one of the values is: is the trial that shares the fewest of them refused as well?
+            waiting.sort(key=lambda other: sum(other.values[k] == v for k, v in trial.values.items()))
 
     before = signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:

@@ -5,6 +5,8 @@ import multiprocessing
 import os
 import shutil
 import signal
+import subprocess
+import sys
 import time
 
 import pytest
@@ -114,6 +116,36 @@ def test_worker_that_is_told_to_end_goes_on_once():
     process.join(30)
     assert os.read(pipe[0], 20) == b"goes on"
     assert process.exitcode == -signal.SIGTERM
+
+
+STOPPED = """
+import signal, sys
+from tasks.cli import main
+from tasks.segmentation import Segmentation
+
+sign = getattr(signal, sys.argv.pop())
+
+class Stopped(Segmentation):
+    def validation_step(self, batch, index):
+        if index == 1:
+            signal.raise_signal(sign)
+        return super().validation_step(batch, index)
+
+Stopped.__module__ = "tasks.segmentation"
+main(Stopped)
+"""
+
+
+@pytest.mark.parametrize("sign", ["SIGINT", pytest.param("SIGTERM", marks=pytest.mark.slow)])
+def test_a_run_that_is_stopped_while_it_validates_ends(sign, cache, tmp_path):
+    """With the workers of both loaders, which outlive the first signal."""
+    (tmp_path / "stopped.py").write_text(STOPPED)
+    scenes = [f"--data.root={cache}", "--data.train=12", "--data.val=6", "--data.eval_batch_size=1", "--data.workers=1"]
+    few = ["--trainer.num_sanity_val_steps=0", "--trainer.max_epochs=2", "--trainer.accelerator=cpu"]
+    command = [sys.executable, "stopped.py", "fit", *scenes, *few, TINY, sign]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 128 + getattr(signal, sign), done.stderr[-2000:]
+    assert f"stopped by {sign}" in done.stderr + done.stdout
 
 
 def test_worker_killed_while_the_process_does_something_else():

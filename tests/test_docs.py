@@ -246,6 +246,8 @@ def test_a_task(extended, cli):
     checkpoint = run.folder / "checkpoints/best.ckpt"
     same = cli(extended, "validate", *tiny, "--ckpt_path", "best", task=Counting)
     assert same.numbers["val/error"] == pytest.approx(run.numbers["val/error"], rel=1e-4)
+    judged = cli(extended, "analyse", checkpoint, task=Counting)  # by the data of its run
+    assert (judged.folder / "report.html").is_file()
     photos = ["--data", "datamodules.image_folder.Photos", "--data.path", "crowds", "--data.workers=0"]
     found = cli(extended, "predict", "--ckpt_path", checkpoint, *photos, task=Counting)
     items = yaml.safe_load((found.folder / "predictions/results.json").read_text())

@@ -99,6 +99,21 @@ def joint(cli, config, tmp_path_factory):
     return cli(tmp_path_factory.mktemp("joint"), "fit", args, task=Joint)
 
 
+def test_a_part_is_analysed_with_the_runs_data_and_evaluation(joint, cli, tmp_path):
+    path = joint.folder / "checkpoints/last.ckpt"
+    with pytest.raises(SystemExit, match=r"task by task: .*python -m tasks\.pose analyse .*last\.ckpt#pose"):
+        cli(tmp_path, "analyse", path, task=Joint)
+    for name in ("pose", "segmentation"):
+        quiet = ["--trainer.accelerator=cpu", "--trainer.precision=32-true"]
+        run = cli(tmp_path, "analyse", f"{path}#{name}", *quiet, task=KINDS[name])
+        assert run.trainer.datamodule.cache == joint.trainer.datamodule.parts[name].cache
+        found = json.loads((run.folder / "report.json").read_text())["metrics"]
+        for key, value in found.items():
+            expected = joint.numbers[f"val/{name}/{key}"]
+            assert (float("nan") if value is None else value) == pytest.approx(expected, abs=1e-4, nan_ok=True), key
+    assert run.model.evaluation.flip
+
+
 def only(name):
     return {n: float(n == name) for n in MODEL}
 

@@ -164,14 +164,14 @@ def test_null_in_a_sweep_is_none_in_a_run(cli, short, tmp_path, monkeypatch):
 
 TOY = """
 import os, pathlib, signal, sys, time
-args = dict(a[2:].split("=", 1) for a in sys.argv[1:])
+args = dict(a[2:].split("=", 1) for a in sys.argv[1:] if "=" in a)
 root = pathlib.Path(args["trainer.default_root_dir"])
 assert args["ckpt_path"] == "auto"
 with open("starts.txt", "a") as file:
     file.write(f"{args['width']} {args['seed_everything']} {os.environ.get('CUDA_VISIBLE_DEVICES')}\\n")
 if args["width"] == "bad" and not os.path.exists("mended"):
     raise ValueError("too wide")
-if args["width"] == "usage":
+if args["width"].startswith("usage"):
     sys.exit(2)
 if args["width"] == "slow" and not (root / "begun").exists():
     def stop(*_):
@@ -249,12 +249,46 @@ def test_failures_are_told_others_go_on_and_what_ended_is_not_run_again(toy, tmp
     assert "12 trials, 6 of them ended before" in capsys.readouterr().out
 
 
-def test_a_command_line_that_is_not_understood_is_tried_once(toy, tmp_path, capsys):
-    path = write(tmp_path, parameters=parameters("usage", "a"))
-    with pytest.raises(SystemExit, match="6 of 6 trials have not ended"):
+def test_a_command_line_that_is_not_understood_is_tried_twice(toy, tmp_path, capsys):
+    path = write(tmp_path, parameters=parameters("usage", "usage2", seeds=(0, 1)))
+    with pytest.raises(SystemExit, match="4 of 4 trials have not ended"):
         main([str(path)])
-    assert toy() == ["usage 0 None"]
-    assert "the other 5 are not tried" in capsys.readouterr().out
+    assert toy() == ["usage 0 None", "usage2 1 None"]  # which have no value in common
+    assert "the command line is at fault, so the other 2 are not tried" in capsys.readouterr().out
+
+
+def test_a_value_that_is_not_understood_costs_its_own_trials(toy, tmp_path, capsys):
+    path = write(tmp_path, parameters=parameters("usage", "a"))
+    with pytest.raises(SystemExit, match="3 of 6 trials have not ended"):
+        main([str(path)])
+    assert "not tried" not in capsys.readouterr().out
+    assert len(toy()) == 6
+
+
+def test_a_misspelt_metric_costs_one_trial_which_is_not_trained_again(toy, tmp_path, capsys):
+    path = write(tmp_path, parameters=parameters("mute"), metric={"name": "val/lsos"})
+    with pytest.raises(SystemExit, match="3 of 3"):
+        main([str(path)])
+    printed = capsys.readouterr().out
+    assert "it logged no val/lsos, but val/loss; did you mean val/loss?" in printed
+    assert "the metric is at fault, so the other 2 are not tried" in printed
+    assert toy() == ["mute 0 None"]
+    write(tmp_path, parameters=parameters("mute"), metric={"name": "val/loss"})
+    main([str(path)])
+    assert toy() == ["mute 1 None", "mute 2 None"]
+    assert [float(row["val/loss"]) for row in rows("runs/sweeps/toy/table.csv")] == [40, 41, 42]
+
+
+def test_a_changed_file_is_another_trial(toy, tmp_path):
+    command = ["${interpreter}", "toy.py", "-c", "base.yaml", "${args}"]
+    path = write(tmp_path, parameters=parameters("a", seeds=[0]), command=command)
+    for content, runs in (("trainer: {max_epochs: 1}", True), ("trainer:\n  max_epochs: 1  # the same", False),
+                          ("trainer: {max_epochs: 2}", True)):  # fmt: skip
+        (tmp_path / "base.yaml").write_text(content)
+        main([str(path)])
+        assert (tmp_path / "starts.txt").exists() == runs
+        if runs:
+            toy()
 
 
 def test_settings_go_over_the_sweeps_own(toy, tmp_path):
