@@ -1,6 +1,6 @@
 """The paper's ablations on the embedded data, beside its numbers: does each switch move the metric its way?
 
-make ablations        (44 runs, 58 minutes on two slow cores; stopped, it goes on where it was)
+make ablations        (42 runs, 58 minutes on two slow cores; stopped, it goes on where it was)
 
 Every one is a sweep of configs/sweeps, to be run on COCO and Cityscapes as well; each has its table and plot in
 runs/sweeps/NAME. All of them end in runs/sweeps/ablations.md and .png.

@@ -2,14 +2,13 @@
 
 from typing import Any
 
-import cv2
-import numpy as np
 import torch
 from torch import Tensor
 from torchmetrics import Metric
 from torchmetrics.functional.classification import multiclass_confusion_matrix
 from torchmetrics.utilities import dim_zero_cat
 
+from datamodules.drawing import draw_confusion
 from datamodules.transforms import Array
 
 
@@ -59,27 +58,5 @@ class Accuracy(Metric):
         return multiclass_confusion_matrix(rows[:, 2], rows[:, 1], len(self.class_names))
 
     def picture(self) -> Array | None:
-        """The confusion matrix, rows (labels) summing to one, RGB uint8; None for more classes than could be seen."""
-        count = len(self.class_names)
-        if count > 100:
-            return None
-        counts = self.confusion().float()
-        share = (counts / counts.sum(1, keepdim=True).clamp(min=1)).cpu().numpy()
-        cell = max(8, min(48, 800 // count))
-        margin = 130
-        heat = cv2.applyColorMap((share * 255).round().astype(np.uint8), cv2.COLORMAP_VIRIDIS)[..., ::-1]
-        board = np.full((margin + cell * count, margin + cell * count, 3), 255, np.uint8)
-        board[margin:, margin:] = heat.repeat(cell, 0).repeat(cell, 1)
-        for i, name in enumerate(self.class_names):
-            at = margin + i * cell + cell // 2 + 4
-            if cell >= 12:
-                cv2.putText(board, name[:16], (4, at), cv2.FONT_HERSHEY_SIMPLEX, 0.4, (0, 0, 0), 1, cv2.LINE_AA)
-                label = np.full((cell, margin, 3), 255, np.uint8)
-                place = (4, cell // 2 + 4)
-                cv2.putText(label, name[:16], place, cv2.FONT_HERSHEY_SIMPLEX, 0.4, (0, 0, 0), 1, cv2.LINE_AA)
-                board[:margin, margin + i * cell : margin + (i + 1) * cell] = np.rot90(label)
-            if cell >= 32:
-                ink = (0, 0, 0) if share[i, i] > 0.6 else (255, 255, 255)
-                text = f"{100 * share[i, i]:.0f}"
-                cv2.putText(board, text, (at - 12, at), cv2.FONT_HERSHEY_SIMPLEX, 0.4, ink, 1, cv2.LINE_AA)
-        return board
+        """See `draw_confusion`."""
+        return draw_confusion(self.confusion().cpu().numpy(), self.class_names)

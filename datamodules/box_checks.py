@@ -82,7 +82,7 @@ def check_instances(
     if fractions and fractions > 0.9 * len(content["annotations"]):
         report.add("boxes between 0 and 1: they must be pixels", str(path))
     if not sizes or not content["annotations"]:
-        report.add("an empty data set: no images or no annotations", str(path))
+        report.add("an empty data set: no images or no annotations (is it the right file?)", str(path))
     elif crowd == len(content["annotations"]):
         report.add("all annotations are crowd regions: nothing to learn, and nothing that COCO's AP counts", str(path))
     if flat:

@@ -151,7 +151,7 @@ def check_keypoints(
             f"skeleton {beyond} is not between 1 and {len(facts.names)} (COCO counts from 1): not drawn"
         )
     if not sizes or not content["annotations"]:
-        report.add("an empty data set: no images or no annotations", str(path))
+        report.add("an empty data set: no images or no annotations (is it the right file?)", str(path))
     return report
 
 

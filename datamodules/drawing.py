@@ -100,3 +100,33 @@ def fitted(image: np.ndarray, size: tuple[int, int]) -> np.ndarray:
     canvas = np.zeros((*size, 3), np.uint8)
     canvas[: small.shape[0], : small.shape[1]] = small[: size[0], : size[1]]
     return canvas
+
+
+def draw_confusion(counts: np.ndarray, names: Sequence[str]) -> np.ndarray | None:
+    """A confusion matrix, rows (labels) summing to one, RGB uint8; None for more classes than could be seen.
+
+    Args:
+        counts: `[C, C]`.
+    """
+    count = len(names)
+    if count > 100:
+        return None
+    share = counts / counts.sum(1, keepdims=True).clip(min=1)
+    cell = max(8, min(48, 800 // count))
+    margin = 130
+    heat = cv2.applyColorMap((share * 255).round().astype(np.uint8), cv2.COLORMAP_VIRIDIS)[..., ::-1]
+    board = np.full((margin + cell * count, margin + cell * count, 3), 255, np.uint8)
+    board[margin:, margin:] = heat.repeat(cell, 0).repeat(cell, 1)
+    for i, name in enumerate(names):
+        at = margin + i * cell + cell // 2 + 4
+        if cell >= 12:
+            cv2.putText(board, name[:16], (4, at), cv2.FONT_HERSHEY_SIMPLEX, 0.4, (0, 0, 0), 1, cv2.LINE_AA)
+            label = np.full((cell, margin, 3), 255, np.uint8)
+            place = (4, cell // 2 + 4)
+            cv2.putText(label, name[:16], place, cv2.FONT_HERSHEY_SIMPLEX, 0.4, (0, 0, 0), 1, cv2.LINE_AA)
+            board[:margin, margin + i * cell : margin + (i + 1) * cell] = np.rot90(label)
+        if cell >= 32:
+            ink = (0, 0, 0) if share[i, i] > 0.6 else (255, 255, 255)
+            text = f"{100 * share[i, i]:.0f}"
+            cv2.putText(board, text, (at - 12, at), cv2.FONT_HERSHEY_SIMPLEX, 0.4, ink, 1, cv2.LINE_AA)
+    return board

@@ -9,6 +9,7 @@ from torch import Tensor
 from torchmetrics import Metric
 from torchmetrics.utilities import dim_zero_cat
 
+from datamodules.drawing import draw_confusion
 from datamodules.mask_files import IGNORE
 from datamodules.transforms import Array
 
@@ -83,6 +84,10 @@ class MeanIoU(Metric):
     def confusion(self) -> Tensor:
         """Pixels `[C, C]`, rows the labels."""
         return self.once(self.counts).long().sum(0)
+
+    def picture(self) -> Array | None:
+        """See `draw_confusion`."""
+        return draw_confusion(self.confusion().cpu().numpy(), self.class_names)
 
     def compute(self) -> dict[str, Tensor]:
         counts = self.confusion().double()

@@ -72,8 +72,8 @@ def read_mask(
     if unknown.any() and (alien := np.flatnonzero(histogram(stored).astype(bool) & unknown)).size:
         known = sum(int((values == c).any()) for c in range(256) if c != IGNORE)
         raise DataError(
-            f"{path}: holds {alien[:8].tolist()}, which no class has ({known} classes); name what it is in the class "
-            f"list, or leave it out by `ignore: {alien[:8].tolist()}`"
+            f"{path}: holds {alien.tolist()}, which no class has ({known} classes); name what it is in the class "
+            f"list, or leave it out by `ignore: {alien.tolist()}`"
         )
     return cv2.LUT(stored, values.astype(np.uint8))
 

@@ -224,17 +224,18 @@ def report(data: MaskData, splits: Sequence[str]) -> list[str]:
         except DataError as error:
             faults.append(str(error))
             continue
-        counts = np.zeros(256, np.int64)
+        counts, before = np.zeros(256, np.int64), len(faults)
         for image, mask in pairs:
             try:
                 width, height = dims(image)
                 counts += np.bincount(read_mask(str(mask), data.values, (height, width)).ravel(), minlength=256)
             except DataError as error:
                 faults.append(str(error))
-        print(f"{split}: {len(pairs)} images, {counts[IGNORE] / max(1, counts.sum()):.1%} of the pixels ignored")
+        note = f"; {bad} of them are faulty, and not counted" if (bad := len(faults) - before) else ""
+        print(f"{split}: {len(pairs)} images, {counts[IGNORE] / max(1, counts.sum()):.1%} of the pixels ignored{note}")
         if not pairs:
             faults.append(f"{data.place(split)}: the {split} split is empty")
-        elif not counts[:IGNORE].any():
+        elif not bad and not counts[:IGNORE].any():
             faults.append(f"{data.place(split)}: not one pixel of the {split} split is of a class; what do masks hold?")
         share = counts[: data.num_classes] / max(1, counts[: data.num_classes].sum())
         print("  " + ", ".join(f"{n} {s:.2%}" for n, s in zip(data.class_names, share, strict=True)))

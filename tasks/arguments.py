@@ -81,6 +81,8 @@ def explained(message: str, options: Callable[[], Iterable[str]], files: dict[Pa
         files: those given by `-c`, and how to call them; absolute, for the parser goes to the folder of each.
     """
     message = brief(message)
+    if linked := re.search(r'Linked "model\.(\w+)" must be given', message):
+        return f"model.{linked[1]} is not to be given: it is what the data say (of classes, data.classes)"
     of_class = re.search(r"Option '(\w+)' is not accepted", message)
     unknown = of_class or re.search(r"(?:unrecognized arguments: --|does not accept option ')([\w.]+).*", message)
     found = unknown or re.search(r'key "([\w.]+)"', message)
@@ -105,7 +107,9 @@ def explained(message: str, options: Callable[[], Iterable[str]], files: dict[Pa
 
 
 def brief(message: str) -> str:
-    """What a parser says of a value of none of several types, without all that does not matter."""
+    """What a parser says of a value of none of several types, or in a class, without all that does not matter."""
+    inside = r"\n  Problem with given class_path '[\w.]+':\n    Parser key \"([\w.]+)\":\n\s+(Expected .*)"
+    message = re.sub(inside, r"\n  \1: \2", message)
     head, _, rest = message.partition("\n  Does not validate against any of the Union subtypes\n")
     owner = re.search(r"class_path[ =]'([\w.]+)'", rest)
     if owner and (option := re.search(r"Option '\w+' is not accepted", rest)):

@@ -2,7 +2,6 @@
 
 import functools
 import inspect
-import math
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -21,6 +20,7 @@ from hrnet import PRESETS, HRNet, HRNetConfig
 from hrnet.checkpoints import WeightsError, config_of, grouped, is_source, read, summary
 from hrnet.resnet import RESNETS, ResNet
 from hrnet.weights import InitFrom, load
+from tasks.arguments import SettingError
 from tasks.findings import LossFindings
 
 
@@ -263,6 +263,8 @@ class Task(L.LightningModule):
         ]
         if alien:
             remedy = "give the configuration it was trained with, or start from it by init_from"
+            if shapes := [(k, [*state[k].shape], [*own[k].shape]) for k in alien if k in state and k in own]:
+                remedy = "{} is {} there and {} here (of other classes or keypoints?); ".format(*shapes[0]) + remedy
             if any(k.startswith("tasks.") for k in alien):
                 remedy = "of a joint run, python -m tasks.joint split makes one checkpoint a task"
             raise WeightsError(
@@ -283,7 +285,7 @@ class Task(L.LightningModule):
 
     def configure_optimizers(self) -> Any:
         if self.optimizer is None:
-            raise ValueError("this task was built without an optimizer; give `optimizer`, or use the command line")
+            raise SettingError("this task was built without an optimizer; give `optimizer` (model.optimizer of a YAML)")
         optimizer = self.optimizer(self.groups())
         for group in optimizer.param_groups:
             group["lr"] *= group.get("factor", 1)
@@ -293,9 +295,11 @@ class Task(L.LightningModule):
         if getattr(scheduler, "total", 0) is None:  # the length of the run, which the trainer knows
             steps = self.trainer.estimated_stepping_batches
             scheduler.total = steps if self.lr_interval == "step" else self.trainer.max_epochs  # type: ignore[attr-defined]
-        if getattr(scheduler, "warmup", 0) > (getattr(scheduler, "total", None) or math.inf) / 3:
+        length = self.trainer.estimated_stepping_batches if self.lr_interval == "step" else self.trainer.max_epochs
+        ends = [x for x in (getattr(scheduler, "total", None), length) if x and x > 0]
+        if ends and getattr(scheduler, "warmup", 0) > min(ends) / 3:
             rank_zero_warn(
-                f"the learning rate rises for {scheduler.warmup} of all {scheduler.total} {self.lr_interval}s "
+                f"the learning rate rises for {scheduler.warmup} of all {min(ends)} {self.lr_interval}s "
                 f"(lr_scheduler.warmup): few are left to learn at full rate"
             )
         if getattr(scheduler, "epochs", 0) is None:

@@ -99,7 +99,10 @@ class Pictures(Callback):
     def save_metrics(self, trainer: L.Trainer, metric: Any, name: str) -> None:
         """What a metric can draw, such as a confusion matrix."""
         for part in metric.modules():
-            picture = part.picture() if hasattr(part, "picture") else None  # by all processes
+            if not hasattr(part, "picture"):
+                continue
+            with part.sync_context():  # of what all processes have seen
+                picture = part.picture()
             if picture is not None:
                 self.put(trainer, picture, f"{type(part).__name__.lower()}_{name}", type(part).__name__.lower())
 

@@ -57,7 +57,8 @@ class Trial:
 
     @property
     def record(self) -> dict[str, Any]:
-        """`status` ("ended", "stopped" or "failed") and `seconds` in all; of an ended one `metric` and `parameters`."""
+        """`status` ("ended", "stopped" or "failed") and `seconds` in all; of an ended one `metric`, what it is judged
+        `by`, and `parameters`."""
         path = self.folder / "trial.json"
         return json.loads(path.read_text()) if path.is_file() else {"status": "new", "seconds": 0.0}
 
@@ -91,7 +92,7 @@ class Trial:
                 hint = f"; did you mean {near[0]}?" if near else ""
                 record |= {"status": "failed", "why": f"{UNJUDGED} {metric}, but {', '.join(names) or 'nothing'}{hint}"}
         part = self.folder / "trial.part"
-        part.write_text(json.dumps({"values": self.values, "command": self.command} | record, indent=1))
+        part.write_text(json.dumps({"values": self.values, "command": self.command, "by": metric} | record, indent=1))
         part.replace(self.folder / "trial.json")
         return record
 
@@ -186,8 +187,9 @@ def run(trials: list[Trial], metric: str, jobs: int | None = None) -> None:
     environment = dict(os.environ)
     if not gpus and jobs > 1:  # trials side by side are the parallelism
         environment.setdefault("OMP_NUM_THREADS", str(max(1, cores() // jobs)))
-    for trial in trials:  # the metric may be another one than that which they were judged by
-        if trial.record["status"] == "ended" or trial.record.get("why", "").startswith(UNJUDGED):
+    for trial in trials:
+        ended = trial.record["status"] == "ended" or trial.record.get("why", "").startswith(UNJUDGED)
+        if ended and trial.record.get("by", metric) != metric:
             trial.finish(0, 0.0, metric)
     waiting = [trial for trial in trials if trial.record["status"] != "ended"]
     number = {trial.folder: i for i, trial in enumerate(trials, 1)}

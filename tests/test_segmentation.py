@@ -354,7 +354,8 @@ def test_fit_leaves_numbers_pictures_and_checkpoints(fitted, data):
     assert {f"val/IoU/{name}" for name in data.class_names} < set(fitted.numbers)
     assert {"val/loss", "val/pixel_accuracy", "val/mean_accuracy", "val/boundary_mIoU"} < set(fitted.numbers)
     assert {p.name for p in (fitted.folder / "checkpoints").iterdir()} == {"best.ckpt", "last.ckpt"}
-    assert {p.name for p in (fitted.folder / "pictures").iterdir()} >= {"first_batch.jpg", "epoch_000.jpg"}
+    pictures = {"first_batch.jpg", "epoch_000.jpg", "meaniou_epoch_000.jpg"}  # the last is the confusion matrix
+    assert {p.name for p in (fitted.folder / "pictures").iterdir()} >= pictures
     assert cv2.imread(str(fitted.folder / "pictures" / "first_batch.jpg")).shape == (2 * 64, 2 * 2 * 48, 3)
     assert "mIoU" in fitted.printed
     assert (fitted.model.class_names, fitted.model.palette.tolist()) == (data.class_names, data.palette)
