@@ -22,8 +22,6 @@ from datamodules.transforms import DataError
 SHARED = Path("/dev/shm")
 KILLED = "DataLoader worker"
 """In PyTorch's message about a worker that was killed, which comes wherever the process is at that moment."""
-
-
 LOADERS: "weakref.WeakSet[Loader]" = weakref.WeakSet()
 """That may have workers."""
 
@@ -31,7 +29,7 @@ LOADERS: "weakref.WeakSet[Loader]" = weakref.WeakSet()
 @atexit.register
 def end_workers() -> None:
     """Python tells those that are left once and waits for them, but they want to be told twice, see `begin_worker`."""
-    for loader in LOADERS:
+    for loader in list(LOADERS):
         loader.end_workers()
 
 

@@ -10,8 +10,9 @@ import re
 import sys
 import warnings
 from collections.abc import Callable, Iterable
+from dataclasses import is_dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import yaml
 
@@ -89,7 +90,8 @@ def explained(message: str, options: Callable[[], Iterable[str]], files: dict[Pa
     if found is None:
         return message
     option, end, known = found[1], found.end(), [*options()] if unknown else []
-    last = option.rsplit(".", 1)[-1]
+    inner = None if unknown else re.search(r"\n  ([\w.]+): Expected", message)
+    last = (inner[1] if inner else option).rsplit(".", 1)[-1]
     owner = re.search(r"class_path[ =]'([\w.]+)'", message)
     if of_class:
         kind = pydoc.locate(owner[1]) if owner else None
@@ -115,13 +117,28 @@ def brief(message: str) -> str:
     if owner and (option := re.search(r"Option '\w+' is not accepted", rest)):
         note = ", for --data CLASS has to come before it" if owner[1] == "datamodules.base.DataModule" else ""
         return f"{head}\n  class_path '{owner[1]}': {option[0]}{note}"
-    if inner := re.search(r'Parser key "([\w.]+)":\n\s+(Expected .*)', rest):
-        return f"{head}\n  {inner[1]}: {inner[2]}"
+    nested = r"unrecognized arguments: --(\w+)\.(\w+)=|Group '(\w+)' does not accept option '(\w+)'"
+    if owner and (option := re.search(nested, rest)):
+        name, inner = filter(None, option.groups())
+        return f"{head}\n  class_path '{part_of(owner[1], name)}': Option '{inner}' is not accepted"
+    if value := re.search(r'Parser key "([\w.]+)":\n\s+(Expected .*)', rest):
+        return f"{head}\n  {value[1]}: {value[2]}".replace("a <class 'tuple'>", "a list such as [1, 2]")
     errors, wanted = (re.findall(rf"^    - {text}", rest, re.M) for text in ("", "Expected an? (.+)$"))
     if wanted and len(errors) == len(wanted):
         types = re.sub(r"<class '([\w.]+)'>", r"\1", " or ".join(wanted)).replace("NoneType", "null")
         return f"{head}\n  Expected {types}. Got value: {rest.partition('Given value: ')[2]}"
     return message
+
+
+def part_of(owner: str, name: str) -> str:
+    """The path of the class that a class's argument wants, or the class's own."""
+    for base in getattr(pydoc.locate(owner), "__mro__", ()):
+        if "__init__" in vars(base) and (found := inspect.signature(base.__init__).parameters.get(name)):
+            kinds = (found.annotation, *get_args(found.annotation))
+            return next(
+                (f"{k.__module__}.{k.__qualname__}" for k in kinds if isinstance(k, type) and is_dataclass(k)), owner
+            )
+    return owner
 
 
 def quieten() -> None:
@@ -174,9 +191,10 @@ def content_of(path: Path) -> dict[str, Any]:
 def with_default_data(task: str, args: list[str]) -> list[str]:
     """`args` with the embedded data's configuration before them, if they name no data; to predict with the pictures',
     which also takes the place of data to learn from that a file names."""
+    named = data_in_files(args)
     if not args or args[0].startswith("-") or any(a == "--data" or a.startswith("--data=") for a in args):
         return args
-    predict, named = args[0] == "predict", data_in_files(args)
+    predict = args[0] == "predict"
     if named and not (predict and learns(named[-1])):
         return args
     if predict and not any(a.startswith(("--data.path", "-h", "--help", "--print")) for a in args):

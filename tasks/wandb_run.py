@@ -49,7 +49,8 @@ def logger_of(trainer: L.Trainer) -> WandbLogger:
 
 def prepare(former: Path | None) -> None:
     """Say to `wandb.init` what its environment leaves open: to take up the run of the folder that this one goes on in,
-    and to stay offline where no account is set up."""
+    to keep what the code has beyond its commit, and to stay offline where no account is set up."""
+    os.environ.setdefault("WANDB_SAVE_CODE", "true")
     if former is not None and (former / ID).is_file():
         os.environ.setdefault("WANDB_RUN_ID", (former / ID).read_text().strip())
         os.environ.setdefault("WANDB_RESUME", "allow")

@@ -65,11 +65,18 @@ def test_no_option_is_abbreviated(cli, small, tmp_path, capfd):
     assert "'sigm' is not accepted" in refused(capfd, cli, tmp_path, "fit", *small, "--model.codec.sigm=1")
 
 
+def test_a_wrong_value_of_the_command_line_is_no_files(cli, small, tmp_path, capfd):
+    said = refused(capfd, cli, tmp_path, "fit", *small, "--data.size=192")
+    assert "size: Expected a list such as [1, 2]. Got value: 192" in said
+    assert ".yaml" not in said
+
+
 @pytest.mark.parametrize(
     ("given", "meant"),
     [
         ("model.codec.sigm=1", "sigma"),
         ("data.batchsize=1", "batch_size"),
+        ("data.augmentation.rotatoin=5", "rotation"),
         ("trainer.max_epoch=1", "_epochs"),
     ],
 )
