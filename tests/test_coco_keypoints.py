@@ -376,7 +376,10 @@ class TestFiles:
 
     @pytest.mark.parametrize("empty", [{"annotations": []}, {"images": [], "annotations": []}])
     def test_empty(self, module, empty):
-        with pytest.raises(DataError, match=r"an empty data set: no images or no annotations\n +in .*val\.json"):
+        with pytest.raises(
+            DataError,
+            match=r"an empty data set: no images or no annotations \(is it the right file\?\)\n +in .*val\.json",
+        ):
             module(healthy() | empty).setup("validate")
 
     def test_no_labelled_keypoint(self, module):
