@@ -258,9 +258,7 @@ class Task(L.LightningModule):
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Refuse another network's checkpoint in a few words, before torch does in a hundred lines."""
         state, own = checkpoint["state_dict"], self.state_dict()
-        alien = [k for k in own if k not in state or state[k].shape != own[k].shape] + [
-            k for k in state if k not in own
-        ]
+        alien = [k for k in own | state if k not in own or k not in state or state[k].shape != own[k].shape]
         if alien:
             remedy = "give the configuration it was trained with, or start from it by init_from"
             if shapes := [(k, [*state[k].shape], [*own[k].shape]) for k in alien if k in state and k in own]:

@@ -454,6 +454,16 @@ def test_label_outside_the_class_list(good):
     assert "`ignore: [7]`" in text
 
 
+def test_all_that_is_outside_the_class_list_is_named_and_laid_to_no_label(good):
+    mask = np.zeros((90, 120), np.uint8)
+    mask[0, :20] = range(7, 27)
+    for path in (good / "masks" / "train").iterdir():
+        save(path, mask)
+    text = fault(good)
+    assert f"`ignore: {[*range(7, 27)]}`" in text
+    assert "not one pixel" not in text
+
+
 def test_more_than_a_byte(good):
     Image.fromarray(np.full((90, 120), 1000, np.uint16)).save(good / "masks" / "train" / "2.png")
     text = fault(good)
